@@ -1,1 +1,1 @@
-
+"""Write what slime logs to a file of JSON lines."""

@@ -1,0 +1,1 @@
+"""Megatron-LM: routers, recomputation, and running without a GPU."""

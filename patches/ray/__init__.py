@@ -1,0 +1,1 @@
+"""Ray: how the active plugins reach its workers."""

@@ -1,0 +1,1 @@
+"""SGLang: its server's processes and requests, and running without a GPU."""

@@ -1,0 +1,1 @@
+"""torch: what upstream takes for granted of CUDA."""

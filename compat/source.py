@@ -1,0 +1,630 @@
+"""Look at upstream without importing it: where a module is, what it defines, with which parameters and which body.
+
+Everything here reads files only. What cannot be known without running upstream (a value that is computed, a compiled
+module) is said to be of kind "unknown", never guessed. `describe` and `source_fingerprint` give the same answers for
+objects that are already loaded, so that one comparison serves both.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import copy
+import difflib
+import functools
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FUNCTION_KINDS = frozenset({"function", "method", "classmethod", "staticmethod"})
+"""The kinds of `Definition` that are called: what a wrapper can go around."""
+
+_MAX_HOPS = 32  # re-exports and base classes followed for one target
+_FunctionNode = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Definition:
+    """What a target is.
+
+    `kind` is one of function, method, classmethod, staticmethod, property, class, module, value, declared (annotated
+    in a class body, without a value) and unknown. `signature` has no annotations and includes `self` or `cls`.
+    """
+
+    target: str
+    kind: str
+    signature: inspect.Signature | None = None
+    fingerprint: str | None = None
+    path: Path | None = None
+    line: int | None = None
+
+    @property
+    def where(self) -> str:
+        return ":".join(str(part) for part in (self.path, self.line) if part is not None)
+
+
+# -- signatures ------------------------------------------------------------------------------------------------------
+
+
+class _Default:
+    """A default value, known by its source text only."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def parse_signature(text: str) -> inspect.Signature:
+    """The signature written as `(self, config, *, groups=None)`. Raises ValueError when it is not one."""
+    try:
+        (node,) = ast.parse(f"def _{text}: ...").body
+        assert isinstance(node, ast.FunctionDef)
+    except (SyntaxError, ValueError):
+        raise ValueError(f"not a parameter list: {text!r}; one looks like (self, config, *, groups=None)") from None
+    return _signature_of_node(node.args)
+
+
+def _signature_of_node(arguments: ast.arguments) -> inspect.Signature:
+    parameters: list[inspect.Parameter] = []
+
+    def add(argument: ast.arg, kind: Any, default: ast.expr | None = None) -> None:
+        value = inspect.Parameter.empty if default is None else _Default(ast.unparse(default))
+        parameters.append(inspect.Parameter(argument.arg, kind, default=value))
+
+    positional: list[tuple[ast.arg, Any]]
+    positional = [(argument, inspect.Parameter.POSITIONAL_ONLY) for argument in arguments.posonlyargs]
+    positional += [(argument, inspect.Parameter.POSITIONAL_OR_KEYWORD) for argument in arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    for (argument, kind), default in zip(positional, defaults, strict=True):
+        add(argument, kind, default)
+    if arguments.vararg:
+        add(arguments.vararg, inspect.Parameter.VAR_POSITIONAL)
+    for argument, keyword_default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        add(argument, inspect.Parameter.KEYWORD_ONLY, keyword_default)
+    if arguments.kwarg:
+        add(arguments.kwarg, inspect.Parameter.VAR_KEYWORD)
+    return inspect.Signature(parameters)
+
+
+def _signature_of_object(function: Any) -> inspect.Signature | None:
+    try:
+        found = inspect.signature(function)
+    except (TypeError, ValueError):  # compiled, and does not say
+        return None
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found.parameters.values()]
+    return inspect.Signature(bare)
+
+
+def compare_signatures(recorded: inspect.Signature, found: inspect.Signature) -> list[str] | None:
+    """What `found` accepts beyond `recorded`; None when it does not accept the recorded arguments the same way.
+
+    Names, kinds and the presence of defaults must agree. New parameters may follow if they have defaults; a new
+    positional one may not push into `*args`.
+    """
+    old, new = _by_kind(recorded), _by_kind(found)
+    added: list[inspect.Parameter] = new.positional[len(old.positional) :]
+    if [_shape(p) for p in old.positional] != [_shape(p) for p in new.positional[: len(old.positional)]]:
+        return None
+    if (old.star and (added or not new.star)) or (old.double_star and not new.double_star):
+        return None
+    for name, parameter in old.keyword.items():
+        if name not in new.keyword or _shape(new.keyword[name]) != _shape(parameter):
+            return None
+    added += [parameter for name, parameter in new.keyword.items() if name not in old.keyword]
+    if any(parameter.default is inspect.Parameter.empty for parameter in added):
+        return None
+    stars = [f"*{new.star}"] if new.star and not old.star else []
+    stars += [f"**{new.double_star}"] if new.double_star and not old.double_star else []
+    return [parameter.name for parameter in added] + stars
+
+
+@dataclass
+class _Parameters:
+    positional: list[inspect.Parameter]
+    star: str | None
+    keyword: dict[str, inspect.Parameter]
+    double_star: str | None
+
+
+def _by_kind(signature: inspect.Signature) -> _Parameters:
+    sorted_out = _Parameters([], None, {}, None)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            sorted_out.star = parameter.name
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            sorted_out.double_star = parameter.name
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            sorted_out.keyword[parameter.name] = parameter
+        else:
+            sorted_out.positional.append(parameter)
+    return sorted_out
+
+
+def _shape(parameter: inspect.Parameter) -> tuple[str, Any, bool]:
+    return parameter.name, parameter.kind, parameter.default is inspect.Parameter.empty
+
+
+# -- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def source_fingerprint(function: Any) -> str:
+    """16 hex digits that change when what a loaded function (or class) does changes.
+
+    Comments, layout, docstrings, annotations and its own decorators do not count. The number is the same in every
+    Python version and from `find_definition`. Raises OSError or TypeError when there is no source to read.
+    """
+    text = inspect.getsource(inspect.unwrap(function))
+    # `if 1:` rather than dedent: dedent would also move the text inside multi-line strings.
+    tree = ast.parse("if 1:\n" + text if text[:1].isspace() else text)
+    first = tree.body[0].body[0] if isinstance(tree.body[0], ast.If) else tree.body[0]
+    if not isinstance(first, (*_FunctionNode, ast.ClassDef)):
+        raise OSError(f"{function!r} is not written as a def or class statement")
+    return _fingerprint_of_node(first)
+
+
+def _fingerprint_of_node(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
+    essence = copy.deepcopy(node)
+    essence.decorator_list = []
+    text = _canonical(_Essence().visit(essence))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Essence(ast.NodeTransformer):
+    """Removes what does not run: docstrings and annotations."""
+
+    def _definition(self, node: Any) -> Any:
+        if ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+        node.returns = None
+        node.type_params = []
+        return self.generic_visit(node)
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _definition
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if node.value is None:
+            return self.generic_visit(ast.Expr(value=node.target))
+        return self.generic_visit(ast.Assign(targets=[node.target], value=node.value))
+
+
+def _canonical(node: object) -> str:
+    # Not ast.dump: its text differs between Python versions.
+    if isinstance(node, ast.AST):
+        kept = (
+            f"{name}={_canonical(value)}"
+            for name, value in ast.iter_fields(node)
+            if name not in ("ctx", "kind", "type_comment") and value is not None and value != []
+        )
+        return f"{type(node).__name__}({','.join(kept)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    return ascii(node)
+
+
+# -- loaded objects --------------------------------------------------------------------------------------------------
+
+
+def kind_of(owner: object, raw: object) -> str:
+    """The kind (see `Definition`) of `raw`, an entry of `vars(owner)`."""
+    if isinstance(raw, staticmethod):
+        return "staticmethod"
+    if isinstance(raw, classmethod):
+        return "classmethod"
+    if inspect.isclass(raw):
+        return "class"
+    if inspect.ismodule(raw):
+        return "module"
+    if isinstance(owner, ModuleType):
+        return "function" if inspect.isroutine(raw) else "value"
+    if inspect.isbuiltin(raw):  # does not bind its instance
+        return "staticmethod"
+    if inspect.isroutine(raw):
+        return "method"
+    return "property" if hasattr(type(raw), "__get__") else "value"
+
+
+def describe(target: str, kind: str, value: Any) -> Definition:
+    """The `Definition` of a loaded object of a known kind (a method as the plain function)."""
+    if kind not in FUNCTION_KINDS and kind != "class":
+        return Definition(target=target, kind=kind)
+    try:
+        fingerprint = source_fingerprint(value)
+    except (OSError, TypeError, SyntaxError):
+        fingerprint = None
+    path = line = None
+    plain = inspect.unwrap(value)
+    if hasattr(plain, "__code__"):
+        path, line = Path(plain.__code__.co_filename), plain.__code__.co_firstlineno
+    signature = _signature_of_object(value) if kind in FUNCTION_KINDS else None
+    return Definition(target=target, kind=kind, signature=signature, fingerprint=fingerprint, path=path, line=line)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def find_module(name: str) -> Path | None:
+    """The file of a module, without importing it or its parents; None when there is none (or a namespace package)."""
+    located = _locate_module(name)
+    return located[0] if located else None
+
+
+def has_package(name: str) -> bool:
+    """Whether the top-level package that `name` (dotted) belongs to is installed at all."""
+    return _locate_module(name.partition(".")[0]) is not None
+
+
+def _locate_module(name: str) -> tuple[Path | None, list[str]] | None:
+    """The file of a module and the folders of its submodules; None when there is no such module."""
+    top, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    path = Path(spec.origin) if spec.has_location and spec.origin else None
+    folders = list(spec.submodule_search_locations or ())
+    for part in rest:
+        # By hand: PathFinder asks sys.modules for the parent of a nested namespace package.
+        found = _locate_in(folders, part)
+        if found is None:
+            return None
+        path, folders = found
+    return path, folders
+
+
+def _locate_in(folders: Iterable[str], part: str) -> tuple[Path | None, list[str]] | None:
+    namespace = []
+    for folder in folders:
+        base = Path(folder, part)
+        if (base / "__init__.py").is_file():
+            return base / "__init__.py", [str(base)]
+        for suffix in (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES):
+            if (file := Path(folder, part + suffix)).is_file():
+                return file, []
+        if base.is_dir():
+            namespace.append(str(base))
+    return (None, namespace) if namespace else None
+
+
+@dataclass(frozen=True)
+class _Module:
+    name: str
+    path: Path
+    tree: ast.Module
+
+    @property
+    def package(self) -> str:
+        return self.name if self.path.name == "__init__.py" else self.name.rpartition(".")[0]
+
+
+def _read_module(name: str) -> _Module | None:
+    """The parsed module; None when it does not exist. Raises _Unreadable when it is not Python source."""
+    located = _locate_module(name)
+    if located is None:
+        return None
+    path, _ = located
+    if path is None:
+        return _Module(name, Path("__init__.py"), ast.Module(body=[], type_ignores=[]))
+    if path.suffix != ".py":
+        raise _Unreadable(path)
+    status = path.stat()
+    try:
+        return _Module(name, path, _parse(path, status.st_mtime_ns, status.st_size))
+    except (SyntaxError, ValueError):
+        raise _Unreadable(path) from None
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(path: Path, modified: int, size: int) -> ast.Module:
+    return ast.parse(path.read_bytes(), filename=str(path))
+
+
+class _Unreadable(Exception):
+    """The answer is in something that is not Python source."""
+
+    def __init__(self, path: Path | None = None, line: int | None = None) -> None:
+        super().__init__(path)
+        self.path, self.line = path, line
+
+
+# -- definitions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A statement that binds a name; `scope` holds the names of the classes around it."""
+
+    module: _Module
+    scope: tuple[str, ...]
+    name: str
+    node: Any  # ast.stmt, or an object of `builtins`, or None for the module itself
+
+    @property
+    def target(self) -> str:
+        return f"{self.module.name}:{'.'.join((*self.scope, self.name))}"
+
+
+def find_definition(target: str) -> Definition | None:
+    """What `module:qualname` is, read from the files; None when there is nothing of that name.
+
+    Follows re-exports (`from x import y`, also `*`), aliases (`a = b`), base classes, and the branches of if, try and
+    with. Where branches disagree the first that can be resolved counts.
+    """
+    module, _, qualname = target.partition(":")
+    parts = tuple(qualname.split(".")) if qualname else ()
+    try:
+        place = _find_in_module(module, parts, ())
+    except _Unreadable as problem:
+        return Definition(target=target, kind="unknown", path=problem.path, line=problem.line)
+    return _define(place, in_class=len(parts) > 1) if place else None
+
+
+_Trail = tuple[object, ...]  # the questions that led here: ends circular re-exports
+
+
+def _find_in_module(name: str, parts: tuple[str, ...], trail: _Trail) -> _Place | None:
+    if (name, parts) in trail or len(trail) >= _MAX_HOPS:
+        return None
+    trail = (*trail, (name, parts))
+    module = _read_module(name)
+    if module is None:
+        return None
+    if not parts:
+        return _Place(module, (), "", None)
+    found = _find_in_body(module, (), module.tree.body, parts, trail)
+    if found is None and module.path.name == "__init__.py":
+        found = _find_in_module(f"{name}.{parts[0]}", parts[1:], trail)
+    if found is None and any(True for _ in _bindings(module.tree.body, "__getattr__")):
+        raise _Unreadable(module.path)
+    return found
+
+
+def _find_in_body(
+    module: _Module, scope: tuple[str, ...], body: list[ast.stmt], parts: tuple[str, ...], trail: _Trail
+) -> _Place | None:
+    name, rest = parts[0], parts[1:]
+    for node in _bindings(body, name):
+        if isinstance(node, ast.ImportFrom):
+            found = _find_in_import(module, node, name, rest, trail)
+        elif isinstance(node, ast.Import):
+            found = _find_in_module(_imported_name(node, name), rest, trail)
+        elif isinstance(node, ast.ClassDef) and rest:
+            found = _find_in_class(_Place(module, scope, name, node), rest, trail)
+        elif not rest and isinstance(node, (*_FunctionNode, ast.ClassDef)):
+            found = _Place(module, scope, name, node)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            found = _find_in_assignment(module, scope, body, node, parts, trail)
+        else:
+            found = None
+        if found:
+            return found
+    return None
+
+
+def _find_in_import(
+    module: _Module, node: ast.ImportFrom, name: str, rest: tuple[str, ...], trail: _Trail
+) -> _Place | None:
+    package = module.package.split(".")
+    base = package[: len(package) - node.level + 1] if node.level else []
+    source = ".".join([*base, *([node.module] if node.module else [])])
+    original = next((alias.name for alias in node.names if (alias.asname or alias.name) == name), name)
+    return _find_in_module(source, (original, *rest), trail)
+
+
+def _imported_name(node: ast.Import, name: str) -> str:
+    return next((alias.name for alias in node.names if alias.asname == name), name)
+
+
+def _find_in_assignment(
+    module: _Module, scope: tuple[str, ...], body: list[ast.stmt], node: Any, parts: tuple[str, ...], trail: _Trail
+) -> _Place | None:
+    name, rest = parts[0], parts[1:]
+    value = node.value
+    question = (module.name, scope, parts)
+    if isinstance(value, ast.Name) and value.id != name and question not in trail:
+        trail = (*trail, question)
+        found = _find_in_body(module, scope, body, (value.id, *rest), trail)
+        if found is None and scope:
+            found = _find_in_body(module, (), module.tree.body, (value.id, *rest), trail)
+        if found:
+            return found
+    if rest:
+        raise _Unreadable(module.path, node.lineno)
+    return _Place(module, scope, name, node)
+
+
+def _find_in_class(place: _Place, parts: tuple[str, ...], trail: _Trail) -> _Place | None:
+    """Depth first, each class at its last mention: Python's own order in all but contrived hierarchies."""
+    lineage = _lineage(place, trail)
+    for position, ancestor in enumerate(lineage):
+        if ancestor in lineage[position + 1 :]:
+            continue
+        if isinstance(ancestor.node, ast.ClassDef):
+            scope = (*ancestor.scope, ancestor.name)
+            names = [parts[0]]
+            if parts[0].startswith(prefix := f"_{ancestor.name.lstrip('_')}__"):  # self.__name, as Python stores it
+                names.append(parts[0][len(prefix) - 2 :])
+            for name in names:
+                found = _find_in_body(ancestor.module, scope, ancestor.node.body, (name, *parts[1:]), trail)
+                if found:
+                    return found
+        elif len(parts) == 1 and hasattr(ancestor.node, parts[0]):
+            return _Place(ancestor.module, (ancestor.name,), parts[0], getattr(ancestor.node, parts[0]))
+    return None
+
+
+def _lineage(place: _Place, trail: _Trail) -> list[_Place]:
+    base_object = _Place(place.module, (), "object", object)
+    if not isinstance(place.node, ast.ClassDef):
+        return [place]
+    lineage = [place]
+    question = (place.target, "bases")
+    if question in trail or len(trail) >= _MAX_HOPS:
+        return lineage
+    trail = (*trail, question)
+    for expression in place.node.bases:
+        parts = _dotted(expression)
+        if not parts or parts == (place.name,):
+            continue
+        try:
+            base = _find_in_body(place.module, (), place.module.tree.body, parts, trail)
+        except _Unreadable:
+            continue
+        if base is None and len(parts) == 1 and isinstance(builtin := getattr(builtins, parts[0], None), type):
+            base = _Place(place.module, (), parts[0], builtin)
+        if base is not None:
+            lineage += _lineage(base, trail)
+    return [*lineage, base_object]
+
+
+def _dotted(expression: ast.expr) -> tuple[str, ...]:
+    if isinstance(expression, ast.Subscript):  # Generic[T]
+        return _dotted(expression.value)
+    if isinstance(expression, ast.Attribute) and (front := _dotted(expression.value)):
+        return (*front, expression.attr)
+    return (expression.id,) if isinstance(expression, ast.Name) else ()
+
+
+def _bindings(body: list[ast.stmt], name: str | None) -> Iterator[ast.stmt]:
+    """The statements that bind `name` (any name, when None), the most telling first: later ones hide earlier ones."""
+    for node in reversed(body):
+        if isinstance(node, ast.If):
+            if _runs_on_import(node.test):
+                yield from _bindings(node.body, name)
+            yield from _bindings(node.orelse, name)
+        elif isinstance(node, (ast.With, ast.AsyncWith)):
+            yield from _bindings(node.body, name)
+        elif isinstance(node, ast.Try):
+            for block in (node.finalbody, node.orelse, node.body, *(handler.body for handler in node.handlers)):
+                yield from _bindings(block, name)
+        elif any(name in (None, bound) or (bound == "*" and not str(name).startswith("_")) for bound in _bound(node)):
+            yield node
+
+
+def _bound(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, (*_FunctionNode, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, ast.ImportFrom):
+        yield from (alias.asname or alias.name for alias in node.names)
+    elif isinstance(node, ast.Import):
+        yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
+    elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        yield from (leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name))
+
+
+def _runs_on_import(test: ast.expr) -> bool:
+    if isinstance(test, ast.Constant):
+        return bool(test.value)
+    return "TYPE_CHECKING" not in _dotted(test) and not ast.unparse(test).startswith("__name__ ==")
+
+
+def _define(place: _Place, in_class: bool) -> Definition:
+    node, module = place.node, place.module
+    path = module.path if module.path.is_absolute() else None
+    if node is None:
+        return Definition(target=module.name, kind="module", path=path)
+    if not isinstance(node, ast.AST):  # inherited from a builtin class
+        kind = kind_of(object, inspect.getattr_static(getattr(builtins, place.scope[0]), place.name))
+        return Definition(target=place.target, kind=kind, signature=_signature_of_object(node))
+    kind, signature, fingerprint = "unknown", None, None
+    if isinstance(node, _FunctionNode):
+        kind = _function_kind(node) if in_class else "function"
+        signature, fingerprint = _signature_of_node(node.args), _fingerprint_of_node(node)
+    elif isinstance(node, ast.ClassDef):
+        kind, fingerprint = "class", _fingerprint_of_node(node)
+    elif isinstance(node, ast.AnnAssign) and node.value is None:
+        kind = "declared"
+    elif isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(
+        node.value, (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.JoinedStr, ast.UnaryOp, ast.BinOp)
+    ):
+        kind = "value"
+    return Definition(
+        target=place.target,
+        kind=kind,
+        signature=signature,
+        fingerprint=fingerprint,
+        path=path,
+        line=getattr(node, "lineno", None),
+    )
+
+
+def _function_kind(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    if node.name == "__new__":
+        return "staticmethod"
+    if node.name in ("__init_subclass__", "__class_getitem__"):
+        return "classmethod"
+    for decorator in node.decorator_list:
+        last = (_dotted(decorator.func if isinstance(decorator, ast.Call) else decorator) or ("",))[-1]
+        if last in ("staticmethod", "classmethod"):
+            return last
+        if last.endswith("property") or last in ("setter", "getter", "deleter"):
+            return "property"
+    return "method"
+
+
+# -- what it may be called now ---------------------------------------------------------------------------------------
+
+
+def names_near(target: str, limit: int = 5) -> list[str]:
+    """Targets that a missing one may have become: similar names in its owner, the same name elsewhere in its module.
+
+    For a missing module: similar modules in the nearest package that exists.
+    """
+    module, _, qualname = target.partition(":")
+    located = _locate_module(module)
+    if located is None:
+        return _modules_near(module, limit)
+    try:
+        source = _read_module(module)
+    except _Unreadable:
+        return []
+    if source is None or not qualname:
+        return []
+    wanted = qualname.split(".")
+    everything = list(_all_names(source.tree.body))
+    siblings = {name[-1]: name for name in everything if list(name[:-1]) == wanted[:-1]}
+    near = [siblings[name] for name in difflib.get_close_matches(wanted[-1], siblings, n=limit)]
+    near += [name for name in everything if name[-1] == wanted[-1]]
+    if len(wanted) > 1 and not siblings:  # the class itself is gone
+        classes = {name[0]: name[:1] for name in everything}
+        near += [classes[name] for name in difflib.get_close_matches(wanted[0], classes, n=limit)]
+    unique = dict.fromkeys(f"{module}:{'.'.join(name)}" for name in near)
+    return [name for name in unique if name != target][:limit]
+
+
+def _all_names(body: list[ast.stmt], scope: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for node in _bindings(body, None):
+        for name in _bound(node):
+            yield (*scope, name)
+        if isinstance(node, ast.ClassDef):
+            yield from _all_names(node.body, (*scope, node.name))
+
+
+def _modules_near(module: str, limit: int) -> list[str]:
+    parent, _, last = module.rpartition(".")
+    while parent:
+        located = _locate_module(parent)
+        if located is not None:
+            names = {
+                entry.name.partition(".")[0]
+                for folder in located[1]
+                for entry in Path(folder).iterdir()
+                if entry.is_dir() or entry.suffix == ".py" or entry.name.endswith(tuple(EXTENSION_SUFFIXES))
+            }
+            return [f"{parent}.{name}" for name in difflib.get_close_matches(last, sorted(names), n=limit)]
+        parent, _, last = parent.rpartition(".")
+    return []

@@ -1,0 +1,125 @@
+"""`slime-train --plugins a,b [--train-script PATH] <slime flags>`: the user's own train.py, with plugins.
+
+Without --plugins it is `python train.py`, and nothing of ours happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from miles_plugins.errors import PluginError, UpstreamError
+
+USAGE = """usage: slime-train [--plugins NAME[,NAME…]] [--train-script PATH] <slime flags>
+
+  --plugins        plugins to turn on, by full or short name (r3 or r3_replay); `miles-plugins list` shows them
+  --train-script   slime's train.py or train_async.py, or your own driver; by default the one beside the installed
+                   slime, else $SLIME_HOME/train.py, else ./train.py
+  --plugins-help   this text
+
+All other flags go to the train script; `slime-train --plugins r3 --help` shows them with the plugins' own."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console command."""
+    own, flags = _split(sys.argv[1:] if argv is None else argv)
+    if own.plugins_help:
+        print(USAGE)
+        return
+    try:
+        _run(own, flags)
+    except Exception as error:
+        known = plugin_error(error)
+        if known is None:
+            raise
+        print(f"\nslime-train: {known}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own flags, and the rest for slime, which must never see ours."""
+    parser = argparse.ArgumentParser(prog="slime-train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugins", action="append", default=[])
+    parser.add_argument("--train-script")
+    parser.add_argument("--plugins-help", action="store_true")
+    return parser.parse_known_args(argv)
+
+
+def _run(own: argparse.Namespace, flags: list[str]) -> None:
+    from miles_plugins.compat.upstream import find_train_script, slime_problem
+
+    names = [name for value in own.plugins for name in value.split(",") if name.strip()]
+    script = find_train_script(own.train_script)
+    if script is None:
+        problem = None if own.train_script else slime_problem()
+        raise UpstreamError(
+            "no train script was found" if own.train_script is None else f"no such file: {own.train_script}",
+            {"found": problem.found if problem else None},
+            problem.next if problem else "give slime's train.py with --train-script, or set SLIME_HOME",
+        )
+    # As `python train.py` has it: the script's folder first, and the script as argv[0].
+    sys.path[0] = str(script.parent)
+    sys.argv = [str(script), *flags]
+    if names:
+        _begin(names, script, flags)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _begin(names: list[str], script: Path, flags: list[str]) -> None:
+    """Select the plugins, check every patch against the installed source, arm them."""
+    from miles_plugins.activation import activate
+    from miles_plugins.compat.upstream import slime_problem
+
+    if problem := slime_problem():
+        raise UpstreamError("slime cannot be used", {"found": problem.found}, problem.next)
+    # The command line names the plugins, also where the job's environment already does (a run inside a run).
+    activation = activate(names, "driver", environment={})
+    try:
+        notes = activation.check()
+    except PluginError as error:
+        raise type(error)(
+            f"{error.message}; nothing was changed and nothing was started", error.facts, error.next
+        ) from error
+    os.environ.update(activation.process_environment("driver"))
+    added = [list(defaults) for defaults in activation.hook.default_flags(flags=tuple(flags))]
+    sys.argv[1:] = [word for defaults in added for word in defaults] + flags
+    _announce(f"plugins {', '.join(f'{p.name} {p.version}' for p in activation.plugins)} [{activation.plugins.digest}]")
+    _announce(f"script  {script}")
+    for defaults in filter(None, added):
+        _announce(f"added   {' '.join(defaults)}")
+    for note in (note for note in notes if note.startswith("drifted")):
+        _announce(f"note    {note}")
+
+
+def _announce(line: str) -> None:
+    print(f"slime-train: {line}", file=sys.stderr, flush=True)
+
+
+def plugin_error(error: BaseException) -> PluginError | None:
+    """The error of ours inside another one: Ray wraps what its workers raise."""
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        link = chain.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        cause = getattr(link, "cause", None)
+        if isinstance(link, PluginError) and not isinstance(cause, BaseException):
+            return link
+        chain += [cause if isinstance(cause, BaseException) else None, link.__cause__, link.__context__]
+    return _quoted_error(str(error))
+
+
+def _quoted_error(text: str) -> PluginError | None:
+    """Our error in the text of Ray's: a worker that dies while it starts leaves nothing but its traceback."""
+    _, found, rest = text.partition("\nmiles_plugins.errors.")
+    return PluginError(rest.partition(": ")[2].split("\n\n")[0].rstrip()) if found else None
+
+
+if __name__ == "__main__":
+    main()

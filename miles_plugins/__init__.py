@@ -1,0 +1,32 @@
+"""Add features to an unmodified slime at run time.
+
+The public API for plugin authors: mark functions with `hookimpl`, raise `ArgumentError` to refuse, publish the module
+under the entry-point group `miles_plugins`.
+"""
+
+from __future__ import annotations
+
+from miles_plugins.errors import (
+    ArgumentError,
+    AttestationError,
+    PatchError,
+    PluginConflictError,
+    PluginError,
+    PluginNotFoundError,
+    UpstreamError,
+)
+from miles_plugins.hookspecs import hookimpl
+from miles_plugins.microbatch import Microbatch, current_microbatch
+
+__all__ = [
+    "ArgumentError",
+    "AttestationError",
+    "Microbatch",
+    "PatchError",
+    "PluginConflictError",
+    "PluginError",
+    "PluginNotFoundError",
+    "UpstreamError",
+    "current_microbatch",
+    "hookimpl",
+]

@@ -1,0 +1,196 @@
+"""Every hook, in one file: the contract between upstream and plugins.
+
+A plugin implements a hook by defining a function of that name, marked `@hookimpl`, with only the arguments it needs.
+Each docstring says when the hook is called, in which process, and with what. Processes are:
+
+* `driver`: the process that runs `train.py`;
+* `rollout_manager`: slime's `RolloutManager` Ray actor;
+* `engine`: slime's `SGLangEngine` Ray actor, the parent of one SGLang server;
+* `sglang_server`, `sglang_scheduler`, `sglang_detokenizer`: the processes of that server;
+* `trainer`: slime's `MegatronTrainRayActor`, one a rank.
+
+`args` is always slime's own argument namespace.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+
+    from miles_plugins.microbatch import Microbatch
+
+PROJECT = "miles_plugins"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+# -- the driver ------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def default_flags(flags: Sequence[str]) -> Sequence[str]:  # type: ignore[empty-body]
+    """Flags to put in front of the user's own, before slime parses them (driver).
+
+    `flags` is the user's command line. argparse takes the last value of a flag, so what the user says wins.
+    """
+
+
+@hookspec
+def register_arguments(parser: ArgumentParser) -> None:
+    """slime's parser is being built (driver): add the plugin's flags, which carry the plugin's name as a prefix.
+
+    `parser` is an argument group titled with the plugin's name.
+    """
+
+
+@hookspec
+def configure(args: Namespace) -> None:
+    """slime has parsed and validated its own arguments (driver): derive, check, refuse.
+
+    Raise `ArgumentError` to refuse. Nothing has been started yet: no Ray worker, no GPU.
+    """
+
+
+@hookspec
+def process_environment(role: str) -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Environment variables for the processes of one role, before they start (driver).
+
+    `role` is `driver` (at once), `worker` (every Ray worker of the job) or `trainer` (in addition). What the user's
+    environment already says stays.
+    """
+
+
+# -- rollout ---------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def engine_arguments(args: Namespace, server_args: dict[str, Any]) -> None:
+    """An SGLang server is about to be launched (engine): change the `ServerArgs` fields in place."""
+
+
+@hookspec
+def receive_engine_request(server_args: Any, request: Any) -> None:
+    """One `/generate` request reached the SGLang server (sglang_server), before it is tokenized.
+
+    `request` is SGLang's `GenerateReqInput`, of one prompt or of a batch; change it in place.
+    """
+
+
+@hookspec
+def rollout_ready(args: Namespace, router_url: str, engine_urls: Sequence[str]) -> None:
+    """Every SGLang server is up and registered (rollout_manager), before the first rollout: probe what you rely on.
+
+    Raise to stop the run before training.
+    """
+
+
+@hookspec
+def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict[str, Any]) -> None:
+    """slime converted the samples of one rollout to training data (rollout_manager): check or change it in place.
+
+    `samples` are slime's `Sample`s; `train_data` maps a field to one value a sample, in the same order.
+    """
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
+    """The Megatron modules exist, before the optimizer is built (trainer).
+
+    `model` holds one module a virtual pipeline stage, wrapped for data parallelism. `role` is `actor` or `critic`.
+    """
+
+
+@hookspec
+def receive_train_data(args: Namespace, rollout_data: dict[str, Any]) -> None:
+    """The trainer holds its shard of a rollout (trainer): one value a local sample in most fields.
+
+    `rollout_data["micro_batch_indices"]` is the schedule: the local sample indices of each microbatch.
+    """
+
+
+@hookspec(firstresult=True)
+def take_routed_experts(args: Namespace, rollout_data: dict[str, Any]) -> bool | None:
+    """slime is about to queue the recorded routing for replay (trainer).
+
+    Return True to replay it from `rollout_data` yourself; slime's own queues then stay empty.
+    """
+
+
+@hookspec
+def pass_begins(args: Namespace, stage: str, model: Sequence[Any]) -> None:
+    """A pass over all microbatches begins (trainer).
+
+    `stage` is `log_prob`, `ref_log_prob`, `teacher_log_prob`, `values` or `train` (one optimizer step).
+    """
+
+
+@hookspec
+def pass_ends(args: Namespace, stage: str, model: Sequence[Any], error: BaseException | None) -> None:
+    """The pass ended (trainer); always paired with `pass_begins`, also when it raised `error`."""
+
+
+@hookspec
+def microbatch_keys(args: Namespace) -> Sequence[str]:  # type: ignore[empty-body]
+    """Fields of `rollout_data` that the plugin wants in every microbatch (trainer), beside slime's own."""
+
+
+@hookspec
+def microbatch_begins(args: Namespace, microbatch: Microbatch) -> None:
+    """The forward pass of one microbatch is about to run (trainer).
+
+    `microbatch.batch` is slime's: `unconcat_tokens` holds the samples' token tensors [length] int64, `tokens` the
+    packed [1, padded length]. Keep what belongs to it in `microbatch.values`; `current_microbatch()` finds it again,
+    also while its activations are recomputed.
+    """
+
+
+@hookspec(firstresult=True)
+def select_experts(
+    router: torch.nn.Module,
+    scores: torch.Tensor,
+    topk: int,
+    choose: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """One MoE router decides (trainer); return None to leave the choice to the next plugin, at last to Megatron.
+
+    `scores` is [tokens, experts], floating point, with gradient; `choose()` gives Megatron's own choice. Return
+    `(probabilities [tokens, topk], indices [tokens, topk] int64)`; the probabilities carry the gradient.
+    """
+
+
+@hookspec
+def step_metrics(args: Namespace) -> Mapping[str, float]:  # type: ignore[empty-body]
+    """An optimizer step ended (trainer, every rank): numbers for slime's own tracking, logged as `train/<name>`.
+
+    slime logs those of one rank: reduce over ranks in `pass_ends`.
+    """
+
+
+@hookspec
+def metrics_logged(args: Namespace, metrics: Mapping[str, Any], step_key: str) -> None:
+    """slime logged a set of metrics (driver, rollout_manager or trainer). `metrics[step_key]` is the step."""
+
+
+# -- every process ---------------------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def choose_device() -> str | None:
+    """Where upstream computes (every process): `cpu` lets it run without an accelerator. The default is a GPU."""
+
+
+@hookspec
+def probe(role: str) -> str | None:
+    """Show that the plugin really works in this process, once it is set up (every process).
+
+    Return the evidence, one line; None where the plugin has nothing to show. Raise `PluginError` if it does not work.
+    """

@@ -1,0 +1,71 @@
+"""Which microbatch is running right now, in the forward pass and when activations are recomputed.
+
+Pipelines run forwards and backwards of several microbatches interleaved, and recomputation happens inside a backward.
+So the current microbatch is captured where a checkpointed function is first called, and set again where it is called
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Microbatch:
+    """One microbatch of one pass.
+
+    Attributes:
+        batch: slime's microbatch (see the hook `microbatch_begins`).
+        positions: [tokens] int64, where each token of this rank's MoE layers comes from: its position in the
+            concatenation of the samples' tokens (`batch["unconcat_tokens"]`), -1 for padding. Packing, padding, context
+            and sequence parallelism are all in it.
+        values: what plugins keep with it, by plugin name.
+        recomputing: whether activations are being recomputed, not computed for the first time.
+    """
+
+    __slots__ = ("batch", "positions", "recomputing", "values")
+
+    def __init__(self, batch: dict[str, Any], positions: torch.Tensor) -> None:
+        self.batch = batch
+        self.positions = positions
+        self.values: dict[str, Any] = {}
+        self.recomputing = False
+
+
+_current: ContextVar[Microbatch | None] = ContextVar("microbatch", default=None)
+
+
+def current_microbatch() -> Microbatch | None:
+    """The microbatch that runs in this thread; None outside of a pass."""
+    return _current.get()
+
+
+def set_current(microbatch: Microbatch | None) -> None:
+    """The forward pass of this microbatch begins (or, with None, the pass ended)."""
+    _current.set(microbatch)
+
+
+def bind(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, bound to the microbatch that runs now; its second call is a recomputation."""
+    microbatch = _current.get()
+    if microbatch is None:
+        return function
+    calls = 0
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        before = microbatch.recomputing
+        token = _current.set(microbatch)
+        microbatch.recomputing = before or calls > 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            microbatch.recomputing = before
+            _current.reset(token)
+
+    return bound

@@ -1,0 +1,1014 @@
+"""Change upstream at run time: declared, checked first, all or nothing, reversible.
+
+A `Patch` is data: which target, what to do there, why, and what upstream must look like for it to fit. A `PatchSet`
+carries its patches through resolve -> check -> apply -> verify as one transaction, and back with `undo()`.
+
+What stands in a function's place is one plain function of the original's name and sort, however many patches share it:
+it pickles by reference, binds like the original and is transparent to `inspect`. Our layers lie below it, in declared
+order. Targets are objects, not names: two dotted paths to one function are one target.
+
+Limits. Copies of a target are looked for in module globals only (not in containers, default arguments or closures), so
+use the `original` that a wrapper is given and do not import the target yourself. `importlib.reload` of a target brings
+the unpatched one back; the records then say so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import graphlib
+import importlib
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+import wrapt
+
+from miles_plugins.compat.source import (
+    FUNCTION_KINDS,
+    Definition,
+    compare_signatures,
+    describe,
+    find_definition,
+    find_module,
+    has_package,
+    kind_of,
+    names_near,
+    parse_signature,
+    source_fingerprint,
+)
+from miles_plugins.errors import PatchError
+
+__all__ = [
+    "Need",
+    "Patch",
+    "PatchSet",
+    "Record",
+    "State",
+    "check_statically",
+    "has_attribute",
+    "has_parameter",
+    "source_fingerprint",
+]
+
+
+class _Absent(Enum):  # an enum member stays itself when it is pickled
+    ABSENT = "<absent>"
+
+
+ABSENT = _Absent.ABSENT
+
+
+# -- declarations ----------------------------------------------------------------------------------------------------
+
+
+class State(str, Enum):
+    """Where a patch is in this process. Only VERIFIED and SUPERSEDED mean that the feature is there."""
+
+    ARMED = "armed"  # waits for its target to be imported
+    APPLIED = "applied"  # upstream has been changed, but nothing shows that it has an effect
+    VERIFIED = "verified"  # the target leads to us, and the patch's probe, if it has one, has passed
+    SKIPPED = "skipped"  # not applied, or undone
+    SUPERSEDED = "superseded"  # upstream does it natively; nothing was changed
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Need:
+    """A condition on upstream: `target` exists and, if a parameter is named, takes it."""
+
+    target: str
+    parameter: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.target} with a parameter {self.parameter}" if self.parameter else self.target
+
+
+def has_parameter(target: str, name: str) -> Need:
+    """The function `module:qualname` has a parameter called `name`; `**kwargs` does not count."""
+    return Need(target, name)
+
+
+def has_attribute(target: str) -> Need:
+    """`module:qualname` exists; a field that a class only annotates counts."""
+    return Need(target)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Patch:
+    """One touch on upstream. Exactly one of `wrap`, `replace`, `replace_with` and `add` says what is done.
+
+    Attributes:
+        id: Unique, such as "megatron.router.select-experts".
+        target: "package.module:function", "package.module:Class.method" or any other attribute.
+        reason: Why upstream's own extension points do not do.
+        wrap: Called as `wrap(original, *args, **kwargs)` in place of a function. Of a method, `original` is the plain
+            function and the instance (of a classmethod, the class) the first argument. A plain function can wrap any
+            sort; a coroutine or generator function only its own.
+        replace: What takes the target's place. A function is given a function of the same sort, which then binds as
+            the original did. One whose body is none of `fingerprints` is not replaced.
+        replace_with: Computes the replacement from the original; the way to subclass a class.
+        add: What is put where nothing was.
+        signature: The parameters that the patch was written for: "(self, config, *, groups=None)". Upstream may have
+            added parameters with defaults at the end, nothing else.
+        fingerprints: Upstream's name for a known body -> its `source_fingerprint`. A wrapper of another body is
+            applied and noted as drifted.
+        needs: Further conditions on upstream.
+        roles: Processes in which the patch must be verified.
+        before: Ids of patches of the same target that this one is outside of: closer to the caller.
+        after: Ids of patches of the same target that this one is inside of. Without before and after, the smaller id
+            is outside; a replacement is inside of everything.
+        superseded_when: Given the loaded module, says why upstream needs no patch any more, or returns None.
+        upstream: Link to what forces the patch.
+        retire_when: When it can be deleted.
+        probe: Raises when the patch does not really act; runs after it has been applied.
+
+    Raises:
+        PatchError: the declaration contradicts itself.
+    """
+
+    id: str
+    target: str
+    reason: str
+    wrap: Callable[..., Any] | None = None
+    replace: Any = ABSENT
+    replace_with: Callable[[Any], Any] | None = None
+    add: Any = ABSENT
+    signature: str | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[Need, ...] = ()
+    roles: frozenset[str] = frozenset()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    superseded_when: Callable[[ModuleType], str | None] | None = None
+    upstream: str = ""
+    retire_when: str = ""
+    probe: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        ways = {"wrap": None, "replace": ABSENT, "replace_with": None, "add": ABSENT}
+        given = [way for way, nothing in ways.items() if getattr(self, way) is not nothing]
+        problem = None
+        if len(given) != 1:
+            problem = f"give exactly one of {', '.join(ways)}; given: {', '.join(given) or 'none'}"
+        elif not all(part.isidentifier() for part in (*self.module.split("."), *self.qualname.split("."))):
+            problem = "a target is written package.module:function or package.module:Class.method"
+        elif isinstance(self.before, str) or isinstance(self.after, str):
+            problem = "before and after are tuples of patch ids"
+        elif self.signature is not None:
+            try:
+                parse_signature(self.signature)
+            except ValueError as error:
+                problem = str(error)
+        if problem:
+            raise _misfit(self, "is not well declared", found=problem, next="correct the declaration")
+
+    @property
+    def kind(self) -> str:
+        """wrap, replace or add."""
+        if self.wrap is not None:
+            return "wrap"
+        return "replace" if self.add is ABSENT else "add"
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def qualname(self) -> str:
+        return self.target.partition(":")[2]
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What has become of one patch in this process; `layers` are the patches of its target, outermost first."""
+
+    patch: Patch
+    state: State = State.SKIPPED
+    detail: str = "not applied yet"
+    layers: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, str]:
+        return {
+            "id": self.patch.id,
+            "target": self.patch.target,
+            "state": self.state.value,
+            "detail": self.detail,
+            "reason": self.patch.reason,
+            "kind": self.patch.kind,
+        }
+
+
+# -- sets ------------------------------------------------------------------------------------------------------------
+
+
+class PatchSet:
+    """Patches that hold together in this process, or not at all."""
+
+    def __init__(self, *patches: Patch, name: str = "") -> None:
+        self.name = name
+        self._records: dict[str, Record] = {}
+        self._failure: PatchError | None = None
+        for patch in patches:
+            if patch.id in self._records:
+                raise _misfit(patch, "is twice in one set", found=f"set {name}", next="give every patch its own id")
+            self._records[patch.id] = Record(patch=patch)
+
+    def __iter__(self) -> Iterator[Patch]:
+        return iter([record.patch for record in self._records.values()])
+
+    def __repr__(self) -> str:
+        return f"<PatchSet {self.name or ', '.join(self._records)}>"
+
+    def apply(self) -> None:
+        """Import the targets and apply what is not in place yet, as one transaction.
+
+        Raises:
+            PatchError: a patch does not fit or does not act. Everything that this set ever did is undone.
+        """
+        with self._all_or_nothing():
+            for record in self._records.values():
+                with _blamed(record):
+                    _import_target(record.patch)
+            self._change(self._pending())
+
+    def arm(self) -> None:
+        """Apply to each target module when it has been executed, before its importer binds names; now if it is loaded.
+
+        The patches of one module are one transaction. When it fails, everything that this set did is undone, and until
+        `undo()` the set's targets cannot be imported: a feature is never half on.
+
+        Raises:
+            PatchError: as `apply`; from here, or from the import statement.
+        """
+        with self._all_or_nothing():
+            pending = self._pending()
+            for record in pending:
+                record.state, record.detail = State.ARMED, ""
+                if not _is_loaded(record.patch.module):
+                    _when_imported(record.patch.module, self)
+            self._change([record for record in pending if _is_loaded(record.patch.module)])
+
+    def undo(self) -> None:
+        """Disarm, and take this set's layers out: no one else's, and none that another set has asked for as well."""
+        for waiting in _waiting.values():
+            if self in waiting:
+                waiting.remove(self)
+        self._failure = None
+        self._release(self._records.values(), State.SKIPPED, "undone")
+
+    def records(self) -> list[Record]:
+        """What has become of each patch until now, in declared order."""
+        with _lock:
+            return [self._snapshot(record) for record in self._records.values()]
+
+    def _snapshot(self, record: Record) -> Record:
+        site = next((site for site in _sites if site.holds(record.patch, self)), None)
+        if site is None:
+            return changed(record)
+        now = changed(record, layers=tuple(patch.id for patch in _ordered(site.patches)))
+        if not site.leads_to_us():
+            now.state = State.APPLIED
+            now.detail = _joined(record.detail, "someone has since put something else in the target's place")
+        return now
+
+    def _pending(self) -> list[Record]:
+        in_place = (State.APPLIED, State.VERIFIED, State.SUPERSEDED)
+        return [record for record in self._records.values() if record.state not in in_place]
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        self._failure = None
+        try:
+            yield
+        except BaseException as error:
+            failed = [record for record in self._records.values() if record.state is State.FAILED]
+            culprit = failed[0].patch.id if failed else type(error).__name__
+            details = {record.patch.id: record.detail for record in failed}
+            self._release(self._records.values(), State.SKIPPED, f"undone: {culprit} failed")
+            for record in failed:
+                record.state, record.detail = State.FAILED, details[record.patch.id]
+            self._failure = error if isinstance(error, PatchError) else PatchError(f"{self!r} was interrupted")
+            raise
+
+    def _change(self, records: list[Record]) -> None:
+        for record in records:  # without the lock: this may import
+            with _blamed(record):
+                _check_surroundings(record)
+        entered: list[tuple[Record, _Site]] = []
+        with _lock:
+            _settle()
+            for record in records:
+                if record.state is not State.SUPERSEDED:
+                    with _blamed(record):
+                        entered.append((record, _enter(record, self)))
+            # Nothing of upstream has changed before this line.
+            for record, site in entered:
+                with _blamed(record):
+                    site.show()
+                record.state = State.APPLIED
+            _rebind_copies([site for _, site in entered])
+        for record, site in entered:
+            with _blamed(record):
+                _verify(record.patch, site)
+            record.state = State.VERIFIED
+
+    def _release(self, records: Iterable[Record], state: State, detail: str) -> None:
+        with _lock:
+            for site in _sites:
+                for record in records:
+                    site.release(record.patch, self)
+            _settle()
+        for record in records:
+            record.state, record.detail = state, detail
+
+    def _on_import(self, module: str) -> None:
+        if self._failure is not None:
+            raise PatchError(self._failure.message, self._failure.facts, self._failure.next)
+        with self._all_or_nothing():
+            self._change([record for record in self._of(module) if record.state is State.ARMED])
+
+    def _on_failed_import(self, module: str) -> None:
+        """The module was patched and is thrown away: wait for its next import."""
+        if self._failure is None:
+            self._release(self._of(module), State.ARMED, "")
+
+    def _of(self, module: str) -> list[Record]:
+        return [record for record in self._records.values() if record.patch.module == module]
+
+
+@contextmanager
+def _blamed(record: Record) -> Iterator[None]:
+    """Any exception in here is this patch's failure, and a PatchError that says so."""
+    try:
+        yield
+    except Exception as error:
+        failure = error
+        if not isinstance(failure, PatchError):
+            found = f"{type(error).__name__}: {error}"
+            failure = _misfit(record.patch, "failed", found=found, next="see the exception that caused this one")
+        if failure.facts.get("patch", record.patch.id) == record.patch.id:  # else an import's, or another set's
+            facts = (f"{name} {value}" for name, value in failure.facts.items() if name not in ("patch", "target"))
+            record.state, record.detail = State.FAILED, "; ".join([failure.message, *facts])
+        raise failure from (error if failure is not error else error.__cause__)
+
+
+def _misfit(patch: Patch, problem: str, *, next: str | None = None, **facts: object) -> PatchError:
+    next = next or "run `miles-plugins verify`, or use a listed stack (docs/compatibility.md)"
+    shown = {name: str(value) for name, value in facts.items() if value not in (None, "")}
+    return PatchError(f"patch {patch.id} {problem}", {"patch": patch.id, "target": patch.target, **shown}, next=next)
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_statically(patch: Patch) -> list[str]:
+    """Make the checks of `PatchSet.apply` on the installed files, without importing upstream.
+
+    What runs code (probe, superseded_when, replace_with) and what meets other patches is left to `apply`.
+
+    Returns:
+        Notes: drift, "not installed here", and what only an import can tell.
+
+    Raises:
+        PatchError: the patch cannot fit.
+    """
+    if not has_package(patch.module):
+        return [f"not installed here: {patch.module.partition('.')[0]}"]
+    found = find_definition(patch.target)
+    if found is not None and found.kind == "declared":
+        found = None
+    if found is None and patch.superseded_when is not None:
+        return ["its target does not exist; whether upstream supersedes it is only known when it is imported"]
+    notes = []
+    if patch.kind == "add":
+        owner = patch.target.rpartition("." if "." in patch.qualname else ":")[0]
+        if found is not None and found.kind != "unknown":
+            raise _already_there(patch, found.where)
+        if find_definition(owner) is None:
+            raise _missing(patch)
+    elif found is None:
+        raise _missing(patch)
+    else:
+        notes += _judge(patch, found)
+    for need in patch.needs:
+        if has_package(need.target.partition(":")[0]):
+            _judge_need(patch, need, find_definition(need.target))
+        else:
+            notes.append(f"not installed here: {need.target.partition('.')[0]}")
+    return notes
+
+
+def _judge(patch: Patch, found: Definition) -> list[str]:
+    """What differs without doing harm. Raises PatchError if the patch does not fit."""
+    if found.kind == "unknown":
+        return ["its target cannot be read without importing it"]
+    is_function = found.kind in FUNCTION_KINDS
+    if patch.kind == "wrap" and not is_function:
+        advice = {"class": "wrap its __init__, or replace_with a subclass", "property": "replace_with a new property"}
+        raise _misfit(
+            patch,
+            "cannot wrap its target",
+            expected="a function or method",
+            found=f"a {found.kind}",
+            where=found.where,
+            next=advice.get(found.kind, "use replace or replace_with"),
+        )
+    notes = []
+    if patch.signature is not None:
+        added = compare_signatures(parse_signature(patch.signature), found.signature) if found.signature else None
+        if added is None:
+            raise _misfit(
+                patch,
+                "does not fit: its target takes other arguments",
+                expected=patch.signature,
+                found=found.signature or f"a {found.kind} that does not tell its parameters",
+                where=found.where,
+                nearest=", ".join(names_near(patch.target)),
+            )
+        if added:
+            notes.append(f"drifted: it also takes {', '.join(added)}")
+    if found.fingerprint not in patch.fingerprints.values():
+        body = found.fingerprint or "no source to read"
+        if patch.kind == "replace" and (is_function or patch.fingerprints):
+            known = [f"{fingerprint} ({name})" for name, fingerprint in patch.fingerprints.items()]
+            raise _misfit(
+                patch,
+                "does not fit: it would replace a body that it does not know",
+                expected=", ".join(known) or "a recorded fingerprint",
+                found=body,
+                where=found.where,
+                next="compare that body with the replacement; if it still does, record the fingerprint found",
+            )
+        if patch.fingerprints:
+            notes.append(f"drifted: its body is {body}, not that of {' or '.join(patch.fingerprints)}")
+    return notes
+
+
+def _judge_need(patch: Patch, need: Need, found: Definition | None) -> None:
+    if found is not None and found.kind == "unknown":
+        return
+    parameters = found.signature.parameters.values() if found and found.signature else ()
+    named = {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+    if found is None or (need.parameter and need.parameter not in named):
+        raise _misfit(
+            patch,
+            "needs what upstream does not have",
+            expected=need,
+            found=(found.signature or f"a {found.kind}") if found else "no such name",
+            where=found.where if found else find_module(need.target.partition(":")[0]),
+            nearest=", ".join(names_near(need.target)),
+        )
+
+
+def _missing(patch: Patch, owner: object = None) -> PatchError:
+    path = find_module(patch.module)
+    near = names_near(patch.target)
+    if owner is not None:  # also knows the names that are computed
+        names = difflib.get_close_matches(patch.qualname.rpartition(".")[2], dir(owner))
+        near += [name for name in names if not any(other.endswith(name) for other in near)]
+    return _misfit(
+        patch,
+        "does not fit: its target does not exist",
+        expected=f"{patch.qualname} in {patch.module}",
+        found="no such name" if path or owner else "no such module",
+        where=path,
+        nearest=", ".join(near) or "nothing similar",
+    )
+
+
+def _already_there(patch: Patch, where: object) -> PatchError:
+    return _misfit(
+        patch,
+        "adds what is there already",
+        expected="nothing of this name",
+        found="upstream, or another patch, has it",
+        where=where,
+        next="retire the patch if upstream does this now; else choose another name",
+    )
+
+
+# -- checks on what is loaded ----------------------------------------------------------------------------------------
+
+
+def _import_target(patch: Patch) -> None:
+    try:
+        module = importlib.import_module(patch.module)
+    except ModuleNotFoundError as error:
+        if f"{patch.module}.".startswith(f"{error.name}."):
+            raise _missing(patch) from error
+        raise
+    if _is_half_imported(module):
+        raise _misfit(patch, "comes too early: its target is being imported", next="use arm(), which waits")
+
+
+def _resolve(target: str) -> tuple[Any, str]:
+    """The module or class whose attribute a loaded target is, and the attribute. Raises LookupError."""
+    module, _, qualname = target.partition(":")
+    *path, name = qualname.split(".")
+    owner: Any = sys.modules[module]
+    for part in path:
+        found = _stored(owner, part) if isinstance(owner, (ModuleType, type)) else getattr(owner, part, ABSENT)
+        if found is ABSENT:
+            raise LookupError(part)
+        owner = found
+    if not isinstance(owner, (ModuleType, type)):
+        hidden = getattr(getattr(owner, "__ray_metadata__", None), "modified_class", None)  # behind @ray.remote
+        owner = getattr(hidden, "__ray_actor_class__", None)
+    if owner is None:
+        raise LookupError(qualname)
+    return owner, name
+
+
+def _stored(owner: Any, name: str) -> Any:
+    """What a module or class has stored as `name`, unbound; ABSENT if nothing."""
+    if isinstance(owner, type):
+        return next((vars(ancestor)[name] for ancestor in owner.__mro__ if name in vars(ancestor)), ABSENT)
+    return vars(owner)[name] if name in vars(owner) else getattr(owner, name, ABSENT)
+
+
+def _home(owner: Any, name: str) -> tuple[Any, str]:
+    """Where a function or class is defined that a module only re-exports."""
+    found = _stored(owner, name)
+    if isinstance(owner, ModuleType) and (inspect.isroutine(found) or inspect.isclass(found)):
+        try:
+            home = _resolve(f"{found.__module__}:{found.__qualname__}")
+            there = _stored(*home)
+        except (AttributeError, LookupError):
+            return owner, name
+        if found is there or found is getattr(there, "__func__", None):
+            return home
+    return owner, name
+
+
+def _describe_loaded(target: str) -> Definition | None:
+    try:
+        importlib.import_module(target.partition(":")[0])
+        owner, name = _resolve(target)
+    except (ModuleNotFoundError, LookupError):
+        return None
+    found = _stored(owner, name)
+    if found is not ABSENT:
+        return describe(target, kind_of(owner, found), getattr(found, "__func__", found))
+    annotated = any(name in vars(ancestor).get("__annotations__", ()) for ancestor in getattr(owner, "__mro__", ()))
+    return Definition(target=target, kind="declared") if annotated else None
+
+
+def _check_surroundings(record: Record) -> None:
+    patch = record.patch
+    if any(layer.patch.id == patch.id for site in _sites for layer in site.layers):
+        return  # applied for another set: what it added is not upstream's
+    why = patch.superseded_when(sys.modules[patch.module]) if patch.superseded_when else None
+    if why:
+        record.state, record.detail = State.SUPERSEDED, why
+        return
+    for need in patch.needs:
+        _judge_need(patch, need, _describe_loaded(need.target))
+
+
+def _enter(record: Record, holder: PatchSet) -> _Site:
+    """Check the target and who else is there, and take a place in its order. Shows nothing yet."""
+    patch = record.patch
+    record.detail = ""
+    try:
+        owner, name = _resolve(patch.target)
+    except LookupError:
+        raise _missing(patch, sys.modules[patch.module]) from None
+    site = _site_of(*_home(owner, name))
+    stack = [other for other in _sites if other.owner is site.owner and other.name == site.name]
+    for other in _sites:
+        for layer in other.layers:
+            if layer.patch.id != patch.id:
+                continue
+            if layer.patch.target != patch.target:
+                raise _misfit(patch, "has another patch's id", found=layer.patch.target, next="rename one of them")
+            if other in stack:
+                layer.holders.add(holder)
+                return other
+    if patch.kind == "add":
+        if site.kind != "absent" or site.layers:
+            raise _already_there(patch, getattr(sys.modules[patch.module], "__file__", None))
+    elif site.kind == "absent":
+        raise _missing(patch, owner)
+    else:
+        record.detail = _joined(*_judge(patch, describe(patch.target, site.kind, site.original)))
+    _check_company(patch, site, [other for underneath in stack for other in underneath.patches])
+    site.layers.append(_Layer(patch, {holder}))
+    return site
+
+
+def _check_company(patch: Patch, site: _Site, others: list[Patch]) -> None:
+    sort = _sort_of(site.original)
+    if patch.wrap is not None and _sort_of(patch.wrap) not in ("function", sort):
+        found = f"a {_sort_of(patch.wrap)}"
+        raise _misfit(patch, "would return something else", expected=f"a wrapper for a {sort}", found=found)
+    for other in others:
+        if patch.kind != "wrap" and other.kind != "wrap":
+            raise _misfit(
+                patch,
+                f"and patch {other.id} replace the same object",
+                found=f"{other.target}, replaced by {other.id}",
+                next="enable only one of the two, or make one of them a wrap",
+            )
+        if other not in site.patches and (patch.id in other.before or other.id in patch.after):
+            raise _misfit(
+                patch,
+                f"belongs inside of patch {other.id}, but someone else's wrapper lies between",
+                found=_full_name(site.original),
+                next="apply both patches before that wrapper is made",
+            )
+    try:
+        _ordered([*site.patches, patch])
+    except graphlib.CycleError as error:
+        cycle = " -> ".join(reversed(error.args[1]))
+        raise _misfit(patch, "has no place in the order", found=cycle, next="change a before or after") from None
+
+
+def _verify(patch: Patch, site: _Site) -> None:
+    shown = _stored(*_resolve(patch.target))
+    if site.is_outermost() and shown is not site.installed and shown is not site.function:
+        raise _misfit(patch, "was applied, but its target does not show it", found=_full_name(shown))
+    if patch.probe is not None:
+        patch.probe()
+
+
+def _full_name(value: object) -> str:
+    return f"{getattr(value, '__module__', None)}.{getattr(value, '__qualname__', repr(value))}"
+
+
+# -- what stands in a target's place ---------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Layer:
+    patch: Patch
+    holders: set[PatchSet]
+    value: Any = ABSENT  # of a replacement or addition
+
+
+class _Site:
+    """One attribute of a module or class: what was there, what stands there now, and our layers."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+        self.raw = vars(owner).get(name, ABSENT)  # to be put back
+        found = _stored(owner, name)
+        self.kind = "absent" if found is ABSENT else kind_of(owner, found)
+        self.original = _plain_function(owner, name, found) if self.kind in FUNCTION_KINDS else found
+        self.layers: list[_Layer] = []
+        self.installed: Any = ABSENT
+        self.function: Any = None  # in a function's place: the one that callers see ...
+        self.calls: list[Callable[..., Any]] = []  # ... and the one thing that it calls
+        self.copies: list[tuple[dict[str, Any], str]] | None = None
+
+    @property
+    def patches(self) -> list[Patch]:
+        return [layer.patch for layer in self.layers]
+
+    @property
+    def standing(self) -> Any:
+        return self.raw if self.installed is ABSENT else self.installed
+
+    @property
+    def old_and_new(self) -> tuple[Any, Any]:
+        """What modules that have imported the target hold, before and after."""
+        old = self.original if isinstance(self.owner, ModuleType) else getattr(self.raw, "__func__", self.raw)
+        return old, self.function or self.installed
+
+    def is_outermost(self) -> bool:
+        return vars(self.owner).get(self.name, ABSENT) is self.standing
+
+    def leads_to_us(self) -> bool:
+        """Whether whoever stands in front, if anyone, says by `__wrapped__` that it calls us."""
+        front = vars(self.owner).get(self.name, ABSENT)
+        for _ in range(100):
+            if front is self.standing or front is self.function:
+                return True
+            front = getattr(front, "__func__", None) or getattr(front, "__wrapped__", ABSENT)
+        return False
+
+    def holds(self, patch: Patch, holder: PatchSet) -> bool:
+        return any(layer.patch.id == patch.id and holder in layer.holders for layer in self.layers)
+
+    def release(self, patch: Patch, holder: PatchSet) -> None:
+        for layer in self.layers:
+            if layer.patch.id == patch.id:
+                layer.holders.discard(holder)
+        self.layers = [layer for layer in self.layers if layer.holders]
+
+    def show(self) -> None:
+        """Make the target run exactly the layers of now."""
+        base = self.original
+        for layer in self.layers:
+            if layer.patch.wrap is None:
+                base = self._replacement(layer)
+        wraps = [patch.wrap for patch in _ordered(self.patches) if patch.wrap is not None]
+        if self.kind in FUNCTION_KINDS and inspect.isroutine(base):
+            self._show_function(base, wraps)
+        elif wraps:
+            raise TypeError(f"another patch wraps {self.name}, so only a function can replace it")
+        elif self.installed is not base:
+            self._install(base)
+
+    def _replacement(self, layer: _Layer) -> Any:
+        patch = layer.patch
+        if layer.value is ABSENT:
+            value = patch.replace if patch.kind == "replace" else patch.add
+            value = patch.replace_with(self.original) if patch.replace_with else value
+            if self.kind in FUNCTION_KINDS:
+                value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+                if inspect.isroutine(value) and _sort_of(value) != _sort_of(self.original):
+                    raise TypeError(f"a {_sort_of(value)} cannot replace a {_sort_of(self.original)}")
+            layer.value = value
+        return layer.value
+
+    def _show_function(self, base: Callable[..., Any], wraps: list[Callable[..., Any]]) -> None:
+        if self.function is None:
+            self.calls.append(base)
+            self.function = _function_like(self.original, self.calls)
+            # It is pickled by these names: the original's own, unless that was inherited or borrowed.
+            in_class = isinstance(self.owner, type)
+            self.function.__module__ = self.owner.__module__ if in_class else self.owner.__name__
+            self.function.__qualname__ = f"{self.owner.__qualname__}.{self.name}" if in_class else self.name
+        below = base
+        for wrap in reversed(wraps[1:]):
+            below = _function_like(below, [functools.partial(wrap, below)])
+        self.calls[0] = functools.partial(wraps[0], below) if wraps else base
+        self.function.__wrapped__ = base
+        if self.installed is ABSENT:
+            binding = {"staticmethod": staticmethod, "classmethod": classmethod}.get(self.kind)
+            self._install(binding(self.function) if binding else self.function)
+
+    def _install(self, value: Any) -> None:
+        setattr(self.owner, self.name, value)
+        self.installed = value
+
+    def withdraw(self) -> bool:
+        """Put back what was there. False if someone else stands in front; we then only pass calls through."""
+        if self.calls:
+            self.calls[0] = self.function.__wrapped__ = self.original
+        if self.installed is ABSENT:
+            return True
+        if not self.is_outermost():
+            return False
+        if self.raw is ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.raw)
+        return True
+
+
+def _sort_of(function: Any) -> str:
+    if inspect.iscoroutinefunction(function):
+        return "coroutine function"
+    if inspect.isasyncgenfunction(function):
+        return "async generator function"
+    return "generator function" if inspect.isgeneratorfunction(function) else "function"
+
+
+def _function_like(original: Any, calls: list[Callable[..., Any]]) -> Any:
+    """A plain function of the sort and name of `original` that runs `calls[0]`, whatever that is by then.
+
+    Made of plain functions and lists only, so that a class that is pickled by value takes it along.
+    """
+    function: Any
+    sort = _sort_of(original)
+    if sort == "coroutine function":
+
+        async def function(*args: Any, **kwargs: Any) -> Any:
+            result = calls[0](*args, **kwargs)
+            return await result if inspect.isawaitable(result) else result
+
+    elif sort == "generator function":
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return (yield from calls[0](*args, **kwargs))
+
+    elif sort == "async generator function":
+
+        async def function(*args: Any, **kwargs: Any) -> Any:
+            below = calls[0](*args, **kwargs)
+            step = below.__anext__()
+            try:
+                while True:
+                    try:
+                        item = await step
+                    except StopAsyncIteration:
+                        return
+                    try:
+                        sent = yield item
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        step = below.athrow(error)
+                    else:
+                        step = below.asend(sent)
+            finally:
+                await below.aclose()
+
+    else:
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return calls[0](*args, **kwargs)
+
+    return functools.wraps(original)(function)
+
+
+def _plain_function(owner: Any, name: str, found: Any) -> Any:
+    """A stored function or method as something to call with all its arguments, `self` or `cls` included."""
+    kind, own = kind_of(owner, found), name in vars(owner)
+    if isinstance(owner, ModuleType) or (own and type(found) in (FunctionType, BuiltinFunctionType)):
+        return found
+    if own and type(found) in (staticmethod, classmethod):
+        return found.__func__
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = owner if kind == "staticmethod" else args[0]
+        rest = args if kind == "staticmethod" else args[1:]
+        if not own:  # inherited: what comes next for this very instance, as in an override
+            bound = getattr(super(owner, first), name)
+        elif kind == "method":  # someone else's descriptor
+            bound = found.__get__(first, type(first))
+        else:
+            bound = found.__get__(None, first)
+        return bound(*rest, **kwargs)
+
+    return _function_like(getattr(found, "__func__", found), [call])
+
+
+def _ordered(patches: list[Patch]) -> list[Patch]:
+    """Outermost first. Raises graphlib.CycleError."""
+    outside: dict[str, set[str]] = {patch.id: set(patch.after) for patch in patches}
+    for patch in patches:
+        for other in patch.before:
+            outside.setdefault(other, set()).add(patch.id)
+    sorter = graphlib.TopologicalSorter(outside)
+    sorter.prepare()
+    order: list[str] = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready())
+        order += ready
+        sorter.done(*ready)
+    return sorted(patches, key=lambda patch: order.index(patch.id))
+
+
+# -- everything that this process has changed ------------------------------------------------------------------------
+
+_lock = threading.RLock()  # not held while importing, unless a `replace_with` imports
+_sites: list[_Site] = []
+
+
+def _site_of(owner: Any, name: str) -> _Site:
+    """The site that made what `owner.name` is now, reached by whatever path; else a new one, in front of it."""
+    namespace = vars(owner)
+    current = namespace.get(name, ABSENT)
+    traceable = isinstance(owner, ModuleType) and current is not ABSENT and _is_traceable(current)
+    for site in _sites:
+        if site.standing is current and (
+            traceable or (site.owner is owner and site.name == name) or _is_in(site.copies, namespace, name)
+        ):
+            return site
+    _sites.append(_Site(owner, name))
+    return _sites[-1]
+
+
+def _settle() -> None:
+    """Bring every site in line with its layers, and forget those without."""
+    idle = []
+    for site in reversed(_sites):
+        if not site.layers:
+            idle.append(site)
+        elif site.installed is not ABSENT:
+            site.show()
+    gone = [site for site in idle if site.withdraw()]
+    _restore_copies(idle)
+    _sites[:] = [site for site in _sites if site not in gone]
+
+
+def _namespaces() -> Iterator[dict[str, Any]]:
+    for module in list(sys.modules.values()):
+        try:  # past what a lazy module does on attribute access
+            namespace = object.__getattribute__(module, "__dict__")
+        except Exception:
+            continue
+        if type(namespace) is dict:
+            yield namespace
+
+
+def _is_traceable(value: object) -> bool:
+    """Whether another name for this very object is a copy of the target; not so for constants, nor for `import x`."""
+    shared = (type(None), bool, int, float, complex, str, bytes, tuple, frozenset, type(...), Enum, ModuleType)
+    return not isinstance(value, shared)
+
+
+def _is_in(copies: list[tuple[dict[str, Any], str]] | None, namespace: dict[str, Any], name: str) -> bool:
+    return any(name == other and namespace is elsewhere for elsewhere, other in copies or ())
+
+
+def _rebind_copies(sites: list[_Site]) -> None:
+    """Let the copies that `from target import name` has made show what the target shows."""
+    wanted = {}
+    for site in sites:
+        old, _ = site.old_and_new
+        if site.copies is None and _is_traceable(old):
+            wanted[id(old)] = site
+        site.copies = site.copies or []
+    for namespace in _namespaces() if wanted else ():
+        for name, value in list(namespace.items()):
+            if (found := wanted.get(id(value))) is None:
+                continue
+            _, new = found.old_and_new
+            if found.function is None and namespace.get("__name__") == getattr(new, "__module__", None):
+                continue  # where a class is replaced by its subclass, this is the base's name in the subclass's module
+            namespace[name] = new
+            found.copies = [*(found.copies or ()), (namespace, name)]
+
+
+def _restore_copies(sites: list[_Site]) -> None:
+    """Undo `_rebind_copies`, also in modules that have been imported since."""
+    later: dict[int, _Site] = {}
+    for site in sites:
+        old, new = site.old_and_new
+        for namespace, name in site.copies or ():
+            if namespace.get(name) is new:
+                namespace[name] = old
+        if site.copies is not None and _is_traceable(old) and _is_traceable(new):
+            later[id(new)] = site
+            site.copies = []
+    for namespace in _namespaces() if later else ():
+        for name, value in list(namespace.items()):
+            # Only we have made the function. A replacement may also be known elsewhere, by a name of its own.
+            if (found := later.get(id(value))) and (found.function is not None or name == found.name):
+                namespace[name] = found.old_and_new[0]
+
+
+# -- imports ---------------------------------------------------------------------------------------------------------
+
+_waiting: dict[str, list[PatchSet]] = {}
+
+
+def _is_half_imported(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _is_loaded(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not _is_half_imported(module)
+
+
+def _when_imported(name: str, patch_set: PatchSet) -> None:
+    waiting = _waiting.setdefault(name, [])
+    if patch_set not in waiting:
+        waiting.append(patch_set)
+        if len(waiting) == 1:
+            _hook(name)
+
+
+def _hook(name: str) -> None:
+    """Call `_imported(name)` once, when the module has been executed."""
+    module = sys.modules.get(name)
+    if module is None:
+        wrapt.register_post_import_hook(lambda _: _imported(name), name)
+        return
+    # It is being imported, so no finder will be asked again. But the last that the import system does with a module,
+    # before the importer goes on, is `spec._initializing = False`.
+    plain: Any = type(module.__spec__)
+
+    class Watched(plain):  # type: ignore[misc]
+        def __setattr__(self, attribute: str, value: object) -> None:
+            if attribute != "_initializing" or value:
+                super().__setattr__(attribute, value)
+                return
+            self.__class__ = plain
+            self._initializing = value
+            if name in sys.modules:
+                _imported(name)
+            else:  # it failed: wait for the next attempt
+                _hook(name)
+
+    module.__spec__.__class__ = Watched
+
+
+def _imported(name: str) -> None:
+    patch_sets = _waiting.pop(name, [])
+    try:
+        for patch_set in patch_sets:
+            patch_set._on_import(name)
+    except BaseException:
+        # This import fails, and so must the next: every set waits again.
+        sys.modules.pop(name, None)
+        for patch_set in patch_sets:
+            patch_set._on_failed_import(name)
+            _when_imported(name, patch_set)
+        raise

@@ -1,0 +1,72 @@
+"""Whether SGLang really records routing, and whether the record really arrives: asked, not assumed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.request
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from miles_plugins.errors import PluginError
+from miles_plugins.patches.sglang.routing import capturer
+
+PROMPT = [1, 2, 3, 4, 5]
+NEW_TOKENS = 2
+
+
+def capture_is_on() -> str:
+    """Evidence from the scheduler process (sglang_scheduler)."""
+    found = capturer()
+    if found is None:
+        raise PluginError(
+            "SGLang does not record routing in this scheduler",
+            {"expected": "a routed-experts capturer", "found": "none"},
+            "enable_return_routed_experts did not reach the server; look for overrides in --sglang-config",
+        )
+    return f"records {found.num_layers} layers x top-{found.topk_size}"
+
+
+def routing_arrives(args: Namespace, router_url: str, engine_urls: Sequence[str]) -> str:
+    """Send one small request to every engine, and one through the router, and check the routing that comes back.
+
+    Raises:
+        PluginError: no routing, or another amount of it than the tokens need.
+    """
+    for url in [*engine_urls, router_url]:
+        _check(args, url, "the router drops it" if url == router_url else "the engine returns none", _generate(url))
+    return f"routing arrives from {len(engine_urls)} engine(s) and through the router"
+
+
+def _generate(url: str) -> dict[str, Any]:
+    body = {
+        "input_ids": PROMPT,
+        "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True},
+        "return_routed_experts": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/generate", json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the cluster's own traffic takes no proxy
+    with opener.open(request, timeout=300) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
+
+
+def _check(args: Namespace, url: str, missing: str, answer: dict[str, Any]) -> None:
+    encoded = answer["meta_info"].get("routed_experts")
+    expected = (len(PROMPT) + NEW_TOKENS - 1) * args.num_layers * args.moe_router_topk
+    found = numpy.frombuffer(base64.b64decode(encoded), dtype=numpy.int32).size if encoded else 0
+    if found != expected:
+        raise PluginError(
+            f"recorded routing does not arrive: {missing if not found else 'its size is wrong'}",
+            {
+                "asked": f"{url}/generate",
+                "expected": f"{expected} expert ids for {len(PROMPT) + NEW_TOKENS} tokens",
+                "found": found or f"none among {sorted(answer['meta_info'])}",
+            },
+            "check the versions of sglang and sglang-router (docs/compatibility.md)",
+        )

@@ -1,0 +1,131 @@
+"""Let Megatron-LM's local (not TransformerEngine) modules train packed sequences on the CPU (hook: choose_device)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from miles_plugins.patches.seam import Seam
+from miles_plugins.patching import Patch
+
+if TYPE_CHECKING:
+    import torch
+
+
+def packed_attention(
+    original: Callable[..., Any],
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *args: Any,
+    packed_seq_params: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Causal attention within each packed sequence.
+
+    `query` is [tokens, heads, head size], `key` and `value` [tokens, groups, head size]; the result is
+    [tokens, heads * head size].
+    """
+    import torch
+
+    if packed_seq_params is None:
+        return original(self, query, key, value, attention_mask, *args, **kwargs)
+    repeat = query.shape[1] // key.shape[1]
+    bounds = packed_seq_params.cu_seqlens_q.tolist()
+    outputs = []
+    for begin, end in pairwise(bounds):
+        q, k, v = (part[begin:end].transpose(0, 1) for part in (query, key, value))  # [heads, tokens, head size]
+        k, v = k.repeat_interleave(repeat, dim=0), v.repeat_interleave(repeat, dim=0)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        outputs.append(attended.transpose(0, 1))
+    return torch.cat(outputs).reshape(query.shape[0], -1)
+
+
+def split_sizes_as_numbers(
+    original: Callable[..., Any], ctx: Any, group: Any, input: Any, output_split_sizes: Any, input_split_sizes: Any
+) -> Any:
+    """Megatron turns them to numbers while it copies them off the GPU; here they never were on one."""
+
+    def numbers(sizes: Any) -> Any:
+        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
+
+    return original(ctx, group, input, numbers(output_split_sizes), numbers(input_split_sizes))
+
+
+def norm_under_sequence_parallelism(
+    original: Callable[..., Any], cls: type, config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """torch's norm works on a slice of the sequence as on all of it; only its gradient must be summed over ranks."""
+    if not config.sequence_parallel:
+        return original(cls, config, *args, **kwargs)
+    alone = copy.copy(config)
+    alone.sequence_parallel = False
+    norm = original(cls, alone, *args, **kwargs)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = True
+    return norm
+
+
+def gate(
+    original: Callable[..., Any],
+    inp: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    router_dtype: torch.dtype,
+) -> Any:
+    """The router's logits without TransformerEngine's matrix product, whose name Megatron leaves undefined."""
+    import torch
+
+    bias = None if bias is None else bias.to(router_dtype)
+    return torch.nn.functional.linear(inp.to(router_dtype), weight.to(router_dtype), bias)
+
+
+def _patch(name: str, target: str, wrap: Callable[..., Any], reason: str, needed: bool = True) -> Patch:
+    return Patch(
+        id=f"megatron.cpu.{name}",
+        target=target,
+        wrap=wrap,
+        roles=frozenset({"trainer"}) if needed else frozenset(),
+        reason=reason,
+        upstream="https://github.com/NVIDIA/Megatron-LM (megatron/core)",
+        retire_when="Megatron-LM's local modules take packed sequences and run without a GPU",
+    )
+
+
+SEAMS = (
+    Seam(
+        name="megatron on the cpu",
+        hooks=("choose_device",),
+        only_in=frozenset({"driver", "trainer"}),
+        patches=(
+            _patch(
+                "packed-attention",
+                "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
+                packed_attention,
+                "slime always packs sequences, and Megatron's own attention refuses packed ones",
+            ),
+            _patch(
+                "all-to-all",
+                "megatron.core.tensor_parallel.mappings:_AllToAll.forward",
+                split_sizes_as_numbers,
+                "Megatron's split sizes stay tensors when they are on the CPU already",
+            ),
+            _patch(
+                "norm",
+                "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+                norm_under_sequence_parallelism,
+                "Megatron's torch norm refuses sequence parallelism",
+            ),
+            _patch(
+                "router-gate",
+                "megatron.core.transformer.moe.moe_utils:router_gating_linear",
+                gate,
+                "without TransformerEngine Megatron's function stops with a NameError (te_general_gemm)",
+            ),
+        ),
+    ),
+)

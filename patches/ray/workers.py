@@ -1,0 +1,131 @@
+"""Activate the plugins in every Ray worker of the job, before any actor's module is imported there.
+
+slime never calls `ray.init`; Ray does, at the first use. Wrapping it covers both that and a user's own call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from miles_plugins import attestation
+from miles_plugins.activation import ACTIVE, DIGEST, RUN, USER_SETUP_HOOK, current
+from miles_plugins.errors import AttestationError, PluginError
+from miles_plugins.patches.seam import Seam
+from miles_plugins.patching import Patch
+
+SETUP_HOOK = "miles_plugins.entrypoints.ray_worker.setup"
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how `ray job submit` hands its runtime_env to the driver
+_RAY_HOOK_VARIABLE = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"  # Ray has one slot for a setup hook
+
+
+def init(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`ray.init` with our setup hook; a hook of the user's own runs inside ours."""
+    activation = current()
+    if activation.role != "driver":
+        return original(*args, **kwargs)
+    address = args[0] if args else kwargs.get("address")
+    if str(address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://"):
+        raise PluginError(
+            "Ray Client cannot carry plugins: its workers take no setup hook",
+            {"address": address or os.environ["RAY_ADDRESS"]},
+            "run slime-train on a node of the cluster, or through `ray job submit`",
+        )
+    kwargs["runtime_env"] = with_setup_hook(
+        kwargs.get("runtime_env") or {}, {**activation.process_environment("worker"), **activation.environment}
+    )
+    context = original(*args, **kwargs)
+    activation.registry = attestation.start_registry(activation.run)
+    check_nodes()
+    return context
+
+
+def with_setup_hook(runtime_env: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """The driver's runtime_env with our hook and variables; the job's own hook is taken out and chained.
+
+    Ray refuses a key that both the job and the driver set, so ours are removed from the job's description.
+    """
+    runtime_env = dict(runtime_env)
+    user_hook = runtime_env.pop("worker_process_setup_hook", None)
+    job = json.loads(os.environ.get(_JOB_CONFIG, "null"))
+    if job and (job_env := job.get("runtime_env")):
+        variables = job_env.get("env_vars", {})
+        job_hook = job_env.pop("worker_process_setup_hook", None)
+        # Ray keeps a hook given as a function under this variable, as a key into its store.
+        user_hook = user_hook or variables.pop(_RAY_HOOK_VARIABLE, None) or job_hook
+        for name in (_RAY_HOOK_VARIABLE, ACTIVE, DIGEST, RUN, USER_SETUP_HOOK):
+            variables.pop(name, None)
+        os.environ[_JOB_CONFIG] = json.dumps(job)
+    if callable(user_hook):
+        raise PluginError(
+            "ray.init was given a setup hook that is a function; ours must run beside it",
+            {"hook": repr(user_hook)},
+            "give it by name instead: worker_process_setup_hook='module.function'",
+        )
+    variables = {**runtime_env.get("env_vars", {}), **environment}
+    if user_hook and user_hook != SETUP_HOOK:
+        variables[USER_SETUP_HOOK] = user_hook
+    return {**runtime_env, "env_vars": variables, "worker_process_setup_hook": SETUP_HOOK}
+
+
+def check_nodes(timeout: float = 60) -> None:
+    """Start one worker on every node and compare its plugin set with the driver's, before any GPU is taken.
+
+    Raises:
+        AttestationError: a node lacks the package, or has another version of it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from miles_plugins.entrypoints.ray_worker import active_digest
+
+    expected = current().plugins.digest
+    task = ray.remote(num_cpus=0, max_retries=0)(active_digest)
+    answers = {
+        node["NodeManagerAddress"]: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    for address, answer in answers.items():
+        try:
+            digest = ray.get(answer, timeout=timeout)
+        except Exception as error:
+            raise AttestationError(
+                f"the plugins cannot be activated on node {address}",
+                {"error": _root_cause(error)},
+                "install miles-plugins and the named plugins there, in the environment that Ray's workers use",
+            ) from error
+        if digest != expected:
+            raise AttestationError(
+                f"node {address} runs another plugin set", {"driver": expected, "node": digest}, "install the same"
+            )
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line that says something: Ray wraps a worker's traceback in several of its own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "Error: " in line or "Error(" in line]
+    return named[-1] if named else f"{type(error).__name__}: {lines[0] if lines else 'no answer'}"
+
+
+SEAMS = (
+    Seam(
+        name="ray workers",
+        hooks=(),
+        patches=(
+            Patch(
+                id="ray.init.setup-hook",
+                target="ray._private.worker:init",
+                wrap=init,
+                roles=frozenset({"driver"}),
+                reason="slime leaves ray.init to Ray, so nothing else can give its workers a setup hook",
+                upstream="https://docs.ray.io/en/latest/ray-core/api/runtime-env.html (worker_process_setup_hook)",
+                retire_when="slime starts Ray itself with a runtime_env that a user can extend",
+            ),
+        ),
+    ),
+)

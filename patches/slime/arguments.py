@@ -1,0 +1,131 @@
+"""slime's command line: plugins add flags and check the result; an unknown flag is an error.
+
+slime >= v0.2.3 parses one command line with three parsers and ignores what none of them knows, so a mistyped flag, or a
+flag of a plugin that is not active, would be lost without a word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from miles_plugins.activation import ROLE, current
+from miles_plugins.errors import ArgumentError
+from miles_plugins.patches.seam import Seam
+from miles_plugins.patching import Patch
+
+# Option strings of slime's parsers, filled while they are built. slime's first, small parser (`_pre_parse_mode`) builds
+# its own; its flags are these.
+_PRE_PARSED = ("--train-backend", "--debug-rollout-only", "--debug-train-only", "--load-debug-rollout-data")
+_known_options: set[str] = set(_PRE_PARSED)
+
+
+def add_plugin_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Extend the function that slime hands to Megatron's parser."""
+    add_slime_arguments = original(*args, **kwargs)
+
+    def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_slime_arguments(parser)
+        for plugin in current().plugins:
+            if plugin.implements("register_arguments"):
+                plugin.module.register_arguments(parser.add_argument_group(f"plugin {plugin.name}"))
+        _known_options.update(parser._option_string_actions)
+        return parser
+
+    return add_all_arguments
+
+
+def record_sglang_options(
+    original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any
+) -> Any:
+    """Remember the flags of slime's separate parser for SGLang."""
+    result = original(parser, *args, **kwargs)
+    _known_options.update(parser._option_string_actions)
+    return result
+
+
+def parse_args(original: Callable[..., Any], *args: Any, **kwargs: Any) -> argparse.Namespace:
+    """slime's `parse_args`, then the plugins' own checks."""
+    parsed: argparse.Namespace = original(*args, **kwargs)
+    refuse_unknown_flags(sys.argv[1:], _known_options)
+    activation = current()
+    refuse_external_engines(parsed)
+    activation.hook.configure(args=parsed)
+    # The user's --train-env-vars win over a plugin's.
+    parsed.train_env_vars = {**activation.process_environment("trainer"), **parsed.train_env_vars, ROLE: "trainer"}
+    return parsed
+
+
+def refuse_unknown_flags(argv: Sequence[str], known: Iterable[str]) -> None:
+    """Raise for every flag that no parser knows, with the nearest known one.
+
+    argparse accepts an unambiguous beginning of a flag, so that is accepted here too.
+    """
+    known = sorted(known)
+    unknown = [
+        flag
+        for flag in dict.fromkeys(word.split("=", 1)[0] for word in argv if word.startswith("--") and word != "--")
+        if not any(option.startswith(flag) for option in known)
+    ]
+    if unknown:
+        near = {flag: "".join(difflib.get_close_matches(flag, known, n=1)) for flag in unknown}
+        raise ArgumentError(
+            "unknown flag" + ("s" if len(unknown) > 1 else "") + ": slime would ignore what it does not know",
+            {flag: f"did you mean {match}?" if match else "nothing is named like it" for flag, match in near.items()},
+            "correct it; a plugin's flags exist only while the plugin is in --plugins",
+        )
+
+
+def refuse_external_engines(args: argparse.Namespace) -> None:
+    """Engines that somebody else launched are outside our process tree, so a plugin's engine side cannot act there."""
+    if not getattr(args, "rollout_external", False):
+        return
+    affected = [plugin.name for plugin in current().plugins if any("sglang" in side for side in plugin.sides)]
+    if affected:
+        raise ArgumentError(
+            "externally launched SGLang engines cannot be patched from here",
+            {"plugins": ", ".join(affected), "engines": ", ".join(args.rollout_external_engine_addrs)},
+            "let slime launch the engines (leave --rollout-external-engine-addrs out), or leave the plugins out",
+        )
+
+
+SEAMS = (
+    Seam(
+        name="arguments",
+        hooks=(),
+        patches=(
+            Patch(
+                id="slime.arguments.register",
+                target="slime.utils.arguments:get_slime_extra_args_provider",
+                wrap=add_plugin_arguments,
+                signature="(add_custom_arguments=None)",
+                roles=frozenset({"driver"}),
+                reason="train.py calls parse_args() without its add_custom_arguments",
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/utils/arguments.py",
+                retire_when="slime discovers plugins' arguments itself",
+            ),
+            Patch(
+                id="slime.arguments.sglang-options",
+                target="slime.backends.sglang_utils.arguments:add_sglang_arguments",
+                wrap=record_sglang_options,
+                signature="(parser)",
+                reason="slime ignores unknown flags; all known ones must be collected to refuse the others",
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/sglang_utils/arguments.py",
+                retire_when="slime refuses unknown flags",
+            ),
+            Patch(
+                id="slime.arguments.configure",
+                target="slime.utils.arguments:parse_args",
+                wrap=parse_args,
+                signature="(add_custom_arguments=None)",
+                roles=frozenset({"driver"}),
+                reason="slime has no hook after argument validation",
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/utils/arguments.py",
+                retire_when="slime has such a hook",
+            ),
+        ),
+    ),
+)

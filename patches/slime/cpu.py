@@ -1,0 +1,65 @@
+"""Let slime exchange weights with Megatron-LM's local modules (hook: choose_device)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from miles_plugins.patches.seam import Seam
+from miles_plugins.patching import Patch
+
+_LOCAL_EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$")
+
+
+def transformer_engine_name(name: str, expert_offset: int) -> str:
+    """A parameter's name under Megatron's local layer specification, as TransformerEngine's modules would call it.
+
+    slime's converters, in both directions, know those names only. `expert_offset` is the global index of this rank's
+    first expert.
+    """
+
+    def grouped(match: re.Match[str]) -> str:
+        index, linear, kind = match.groups()
+        return f".mlp.experts.{linear}.{kind}{int(index) + expert_offset}"
+
+    name = _LOCAL_EXPERT.sub(grouped, name)
+    return re.sub(r"(\.layers\.\d+)\.input_layernorm\.weight$", r"\1.self_attention.linear_qkv.layer_norm_weight", name)
+
+
+def named_params_and_buffers(
+    original: Callable[..., Any],
+    args: Any,
+    model: Sequence[Any],
+    convert_to_global_name: bool = True,
+    *rest: Any,
+    **kwargs: Any,
+) -> Iterator[tuple[str, Any]]:
+    from megatron.core import mpu
+
+    offset = 0
+    if args.num_experts and convert_to_global_name:
+        per_rank = args.num_experts // mpu.get_expert_model_parallel_world_size()
+        offset = mpu.get_expert_model_parallel_rank() * per_rank
+    named = original(args, model, convert_to_global_name, *rest, **kwargs)
+    return ((transformer_engine_name(name, offset), parameter) for name, parameter in named)
+
+
+SEAMS = (
+    Seam(
+        name="local parameter names",
+        hooks=("choose_device",),
+        only_in=frozenset({"driver", "trainer"}),
+        patches=(
+            Patch(
+                id="slime.cpu.parameter-names",
+                target="slime.backends.megatron_utils.update_weight.common:named_params_and_buffers",
+                wrap=named_params_and_buffers,
+                roles=frozenset({"trainer"}),
+                reason="slime's converters know only the parameter names of TransformerEngine's modules",
+                upstream="https://github.com/THUDM/slime/tree/v0.3.1/slime/backends/megatron_utils/megatron_to_hf",
+                retire_when="slime converts the local layer specification too",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,36 @@
+"""What slime logs, as it logs it (hook: metrics_logged)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from miles_plugins.activation import current
+from miles_plugins.patches.seam import Seam
+from miles_plugins.patching import Patch
+
+
+def log(original: Callable[..., Any], args: Any, metrics: Any, step_key: str) -> Any:
+    result = original(args, metrics, step_key)
+    current().hook.metrics_logged(args=args, metrics=metrics, step_key=step_key)
+    return result
+
+
+SEAMS = (
+    Seam(
+        name="metrics",
+        hooks=("metrics_logged",),
+        patches=(
+            Patch(
+                id="slime.metrics.log",
+                target="slime.utils.logging_utils:log",
+                wrap=log,
+                signature="(args, metrics, step_key)",
+                roles=frozenset({"trainer", "rollout_manager"}),
+                reason="slime logs to W&B and TensorBoard only",
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/utils/logging_utils.py",
+                retire_when="slime has pluggable trackers",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,86 @@
+"""slime's RolloutManager: report, probe the engines before the first rollout, and see the training data.
+
+`RolloutManager` carries `@ray.remote`, so Ray pickles it by value from the driver and a patched method would be lost or
+would drag the driver's module globals along. An importable subclass is pickled by reference instead, and its base is
+resolved in the worker, where our patches are active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from miles_plugins import attestation
+from miles_plugins.activation import current
+from miles_plugins.patches.seam import Seam
+from miles_plugins.patching import Patch
+
+
+def _subclass(base: type) -> type:
+    class RolloutManager(base):  # type: ignore[misc]
+        """slime's RolloutManager, calling the plugins' hooks."""
+
+        def __init__(self, args: Any, pg: Any) -> None:
+            activation = current()
+            activation.role = "rollout_manager"
+            super().__init__(args, pg)
+            engines = [engine for engine in self.rollout_engines if engine is not None]
+            if engines:
+                activation.hook.rollout_ready(
+                    args=args,
+                    router_url=f"http://{args.sglang_router_ip}:{args.sglang_router_port}",
+                    engine_urls=_urls(engines),
+                )
+            attestation.send(activation.run, [{**activation.report(), "engines": len(engines)}])
+
+        def _convert_samples_to_train_data(self, samples: Sequence[Any]) -> dict[str, Any]:
+            train_data: dict[str, Any] = super()._convert_samples_to_train_data(samples)
+            current().hook.collect_train_data(args=self.args, samples=samples, train_data=train_data)
+            return train_data
+
+    RolloutManager.__module__ = __name__
+    RolloutManager.__qualname__ = "RolloutManager"
+    return RolloutManager
+
+
+def _urls(engines: Sequence[Any]) -> list[str]:
+    import ray
+
+    return [url for url in ray.get([engine.get_url.remote() for engine in engines]) if url is not None]
+
+
+def with_hooks(original: Any) -> Any:
+    """The Ray actor class of our subclass."""
+    import ray
+
+    globals()["RolloutManager"] = _subclass(original.__ray_metadata__.modified_class.__ray_actor_class__)
+    return ray.remote(globals()["RolloutManager"])
+
+
+def __getattr__(name: str) -> Any:
+    # Unpickling by reference asks for the class in a worker that has not imported slime's module yet.
+    if name == "RolloutManager":
+        import importlib
+
+        importlib.import_module("slime.ray.rollout")  # the patch below runs at its end
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+SEAMS = (
+    Seam(
+        name="rollout manager",
+        hooks=(),
+        patches=(
+            Patch(
+                id="slime.rollout-manager.hooks",
+                target="slime.ray.rollout:RolloutManager",
+                replace_with=with_hooks,
+                roles=frozenset({"rollout_manager"}),
+                reason="its methods are pickled by value from the driver, where wrappers are lost",
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/ray/rollout.py",
+                retire_when="slime takes the RolloutManager class from an argument, as it does the trainer's",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,267 @@
+"""slime's training loop: the model, the data, the passes, the microbatches, the metrics of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from miles_plugins.activation import current
+from miles_plugins.errors import UpstreamError
+from miles_plugins.microbatch import Microbatch, set_current
+from miles_plugins.patches.seam import Seam
+from miles_plugins.patching import Patch
+
+if TYPE_CHECKING:
+    import torch
+
+SLIME = "https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/megatron_utils"
+
+_building: ContextVar[tuple[Any, str] | None] = ContextVar("building", default=None)
+_args: ContextVar[Any] = ContextVar("args", default=None)
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+def remember_role(original: Callable[..., Any], args: Any, role: str = "actor") -> Any:
+    """Megatron's `get_model` does not say whose model it builds; slime's function around it does."""
+    token = _building.set((args, role))
+    try:
+        return original(args, role)
+    finally:
+        _building.reset(token)
+
+
+def get_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    model = original(*args, **kwargs)
+    if building := _building.get():
+        slime_args, role = building
+        current().hook.model_built(args=slime_args, model=model, role=role)
+    return model
+
+
+# -- the data --------------------------------------------------------------------------------------------------------
+
+
+def receive_rollout_data(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    rollout_data = original(self, *args, **kwargs)
+    current().hook.receive_train_data(args=self.args, rollout_data=rollout_data)
+    return rollout_data
+
+
+def fill_routing_replay(
+    original: Callable[..., Any], self: Any, data_iterator: Any, num_microbatches: Any, rollout_data: Any
+) -> Any:
+    if current().hook.take_routed_experts(args=self.args, rollout_data=rollout_data):
+        return None
+    return original(self, data_iterator, num_microbatches, rollout_data)
+
+
+# -- the passes ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _pass(args: Any, stage: str, model: Sequence[Any]) -> Iterator[None]:
+    hook = current().hook
+    token = _args.set(args)
+    try:
+        hook.pass_begins(args=args, stage=stage, model=model)
+        yield
+    except BaseException as error:
+        hook.pass_ends(args=args, stage=stage, model=model, error=error)
+        raise
+    else:
+        hook.pass_ends(args=args, stage=stage, model=model, error=None)
+    finally:
+        set_current(None)
+        _args.reset(token)
+
+
+def forward_only(
+    original: Callable[..., Any],
+    f: Callable[..., Any],
+    args: Any,
+    model: Sequence[Any],
+    *rest: Any,
+    store_prefix: str = "",
+    **kwargs: Any,
+) -> Any:
+    stage = "values" if f.__name__ == "get_values" else f"{store_prefix}log_prob"
+    with _pass(args, stage, model):
+        return original(f, args, model, *rest, store_prefix=store_prefix, **kwargs)
+
+
+def train_one_step(
+    original: Callable[..., Any],
+    args: Any,
+    rollout_id: int,
+    step_id: int,
+    data_iterator: Any,
+    model: Sequence[Any],
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
+    with _pass(args, "train", model):
+        loss_dict, grad_norm = original(args, rollout_id, step_id, data_iterator, model, *rest, **kwargs)
+    for metrics in current().hook.step_metrics(args=args):
+        loss_dict.update(metrics)  # slime logs what the last pipeline stage returns, as train/<name>
+    return loss_dict, grad_norm
+
+
+def get_batch(original: Callable[..., Any], data_iterator: Any, keys: Sequence[str], *rest: Any, **kwargs: Any) -> Any:
+    hook = current().hook
+    args = _args.get()
+    wanted = [key for keys_of_one in hook.microbatch_keys(args=args) for key in keys_of_one]
+    batch = original(data_iterator, [*keys, *(key for key in wanted if key not in keys)], *rest, **kwargs)
+    microbatch = Microbatch(batch, local_tokens(args, token_positions(args, batch)))
+    set_current(microbatch)
+    hook.microbatch_begins(args=args, microbatch=microbatch)
+    return batch
+
+
+def token_positions(args: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Where this rank's tokens come from, found by laying out positions exactly as slime lays out tokens.
+
+    Returns:
+        [padded length] int64 on the tokens' device: position in the samples' concatenation, -1 for padding.
+
+    Raises:
+        UpstreamError: the samples' tokens, laid out by these positions, are not the ones slime trains on.
+    """
+    import torch
+    from megatron.core import mpu
+    from slime.backends.megatron_utils.cp_utils import slice_with_cp
+
+    samples = batch["unconcat_tokens"]
+    stream = torch.cat(samples)
+    positions = torch.arange(stream.numel(), device=stream.device)
+    parallel_size = mpu.get_context_parallel_world_size()
+    multiple = mpu.get_tensor_model_parallel_world_size() * args.data_pad_size_multiplier
+
+    def pad(laid_out: torch.Tensor, multiple: int) -> torch.Tensor:
+        return torch.nn.functional.pad(laid_out, (0, -laid_out.numel() % multiple), value=-1)
+
+    if args.allgather_cp:
+        whole = pad(positions, multiple * parallel_size)
+        laid_out = whole.chunk(parallel_size)[mpu.get_context_parallel_rank()]
+    else:
+        each = positions.split([sample.numel() for sample in samples])
+        laid_out = pad(torch.cat([slice_with_cp(part, -1) for part in each]), multiple)
+
+    expected = torch.where(laid_out >= 0, stream[laid_out], 0)  # slime pads with token 0
+    if not torch.equal(expected, batch["tokens"].reshape(-1)):
+        raise UpstreamError(
+            "this slime lays out a microbatch in a way that the plugins do not know",
+            {
+                "expected": f"{expected.numel()} tokens beginning {expected[:8].tolist()}",
+                "found": f"{batch['tokens'].numel()} tokens beginning {batch['tokens'].reshape(-1)[:8].tolist()}",
+            },
+            "use a listed stack (docs/compatibility.md)",
+        )
+    return laid_out
+
+
+def local_tokens(args: Any, positions: torch.Tensor) -> torch.Tensor:
+    """The part of the positions that reaches this rank's routers, in their order, under sequence parallelism."""
+    from megatron.core import mpu
+
+    if not args.sequence_parallel:
+        return positions
+    return positions.chunk(mpu.get_tensor_model_parallel_world_size())[mpu.get_tensor_model_parallel_rank()]
+
+
+_TRAINER = frozenset({"trainer"})
+
+SEAMS = (
+    Seam(
+        name="model",
+        hooks=("model_built",),
+        patches=(
+            Patch(
+                id="slime.model.role",
+                target="slime.backends.megatron_utils.model:setup_model_and_optimizer",
+                wrap=remember_role,
+                signature="(args, role='actor')",
+                roles=_TRAINER,
+                reason="Megatron's get_model is not told the role of the model",
+                upstream=f"{SLIME}/model.py",
+                retire_when="slime has a hook after building the model",
+            ),
+            Patch(
+                id="megatron.model.built",
+                target="megatron.training.training:get_model",
+                wrap=get_model,
+                roles=_TRAINER,
+                reason="slime has no hook between the model and its optimizer",
+                upstream="https://github.com/NVIDIA/Megatron-LM (megatron/training/training.py)",
+                retire_when="slime has a hook after building the model",
+            ),
+        ),
+    ),
+    Seam(
+        name="training data",
+        hooks=("receive_train_data",),
+        patches=(
+            Patch(
+                id="slime.trainer.rollout-data",
+                target="slime.backends.megatron_utils.actor:MegatronTrainRayActor._get_rollout_data",
+                wrap=receive_rollout_data,
+                roles=_TRAINER,
+                reason="--rollout-data-postprocess-path runs after the log-prob pass, too late for its data",
+                upstream=f"{SLIME}/actor.py",
+                retire_when="slime has a hook before the log-prob pass",
+            ),
+        ),
+    ),
+    Seam(
+        name="routing data",
+        hooks=("take_routed_experts",),
+        patches=(
+            Patch(
+                id="slime.trainer.routed-experts",
+                target="slime.backends.megatron_utils.actor:MegatronTrainRayActor.fill_routing_replay",
+                wrap=fill_routing_replay,
+                signature="(self, data_iterator, num_microbatches, rollout_data)",
+                roles=_TRAINER,
+                reason="slime's queues belong to routers that only its patched Megatron registers",
+                upstream=f"{SLIME}/actor.py",
+                retire_when="slime replays by microbatch on stock Megatron",
+            ),
+        ),
+    ),
+    Seam(
+        name="passes",
+        hooks=("pass_begins", "pass_ends", "microbatch_keys", "microbatch_begins", "step_metrics"),
+        patches=(
+            Patch(
+                id="slime.pass.forward-only",
+                target="slime.backends.megatron_utils.model:forward_only",
+                wrap=forward_only,
+                roles=_TRAINER,
+                reason="slime's before-log-prob hook has no end, and none at all on an exception",
+                upstream=f"{SLIME}/model.py",
+                retire_when="slime has paired hooks around a pass",
+            ),
+            Patch(
+                id="slime.pass.train",
+                target="slime.backends.megatron_utils.model:train_one_step",
+                wrap=train_one_step,
+                roles=_TRAINER,
+                reason="slime's before-train-step hook has no end, and a step's metrics cannot be extended",
+                upstream=f"{SLIME}/model.py",
+                retire_when="slime has paired hooks around a step",
+            ),
+            Patch(
+                id="slime.microbatch.begins",
+                target="slime.backends.megatron_utils.data:get_batch",
+                wrap=get_batch,
+                roles=_TRAINER,
+                reason="slime asks for a fixed list of fields and tells nobody which microbatch runs",
+                upstream=f"{SLIME}/data.py",
+                retire_when="slime passes extra fields through to the microbatch",
+            ),
+        ),
+    ),
+)

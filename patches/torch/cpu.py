@@ -1,0 +1,319 @@
+"""Let code that takes CUDA for granted run on the CPU (hook: choose_device).
+
+`torch.cuda.is_available()` stays False, so everything that asks first keeps its own CPU path; only what does not ask is
+answered here. Nothing computes differently: the answers are "nothing to do" or the CPU's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from miles_plugins.patches.seam import Seam
+from miles_plugins.patching import Patch
+
+if TYPE_CHECKING:
+    import torch
+
+GIGABYTE = 1 << 30
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """There is no device to do it on."""
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _one(*args: Any, **kwargs: Any) -> int:
+    return 1
+
+
+def _yes(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
+def _cpu(*args: Any, **kwargs: Any) -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
+def _memory(*args: Any, **kwargs: Any) -> tuple[int, int]:
+    """Free and total bytes: room enough, so that nothing is offloaded for lack of it."""
+    return 64 * GIGABYTE, 64 * GIGABYTE
+
+
+def _name(*args: Any, **kwargs: Any) -> str:
+    return "CPU (cpu_rehearsal)"
+
+
+def _capability(*args: Any, **kwargs: Any) -> tuple[int, int]:
+    """Hopper's, which is what Megatron's argument checks take as the ordinary case."""
+    return 9, 0
+
+
+def _properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=_name(), major=9, minor=0, total_memory=64 * GIGABYTE, multi_processor_count=1, uuid="cpu", warp_size=32
+    )
+
+
+def _random_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Megatron keeps a CUDA random state a tensor-parallel rank; dropout is off, so any state will do."""
+    import torch
+
+    return torch.get_rng_state()
+
+
+class Stream:
+    """A stream on which everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cuda_stream = 0
+
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or Event()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+
+class Event:
+    """An event that has already come."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def _stream(*args: Any, **kwargs: Any) -> Stream:
+    return Stream()
+
+
+def _stream_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+ANSWERS: dict[str, Callable[..., Any] | type] = {
+    "set_device": _nothing,
+    "synchronize": _nothing,
+    "empty_cache": _nothing,
+    "ipc_collect": _nothing,
+    "manual_seed": _nothing,
+    "manual_seed_all": _nothing,
+    "set_rng_state": _nothing,
+    "reset_peak_memory_stats": _nothing,
+    "current_device": _cpu,
+    "device_count": _one,
+    "is_initialized": _yes,
+    "_lazy_init": _nothing,
+    "_lazy_call": _nothing,  # torch would queue it until CUDA is initialised, which never happens
+    "memory_allocated": _zero,
+    "memory_reserved": _zero,
+    "max_memory_allocated": _zero,
+    "max_memory_reserved": _zero,
+    "mem_get_info": _memory,
+    "get_device_name": _name,
+    "get_device_capability": _capability,
+    "get_device_properties": _properties,
+    "get_rng_state": _random_state,
+    "Stream": Stream,
+    "Event": Event,
+    "current_stream": _stream,
+    "default_stream": _stream,
+    "stream": _stream_context,
+}
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _stay(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`.cuda()` and `.pin_memory()`: the tensor or module is already where it will be used."""
+    return self
+
+
+def cuda_type_names(original: Callable[..., Any], self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Megatron's distributed optimizer recognises parameters by the name of their CUDA tensor type."""
+    if dtype is None:
+        # Under a function mode torch looks this method up by name again, so the name may have been changed already.
+        return "torch.cuda." + original(self).removeprefix("torch.").removeprefix("cuda.")
+    if isinstance(dtype, str):
+        dtype = dtype.replace("torch.cuda.", "torch.", 1)
+    return original(self, dtype, *args, **kwargs)
+
+
+def on_cpu(value: Any) -> Any:
+    """A device argument: every CUDA device becomes the CPU."""
+    import torch
+
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return torch.device("cpu")
+    return "cpu" if isinstance(value, str) and value.split(":")[0] == "cuda" else value
+
+
+def device_mode() -> Any:
+    """A torch function mode that maps `device="cuda…"` to the CPU and leaves memory unpinned."""
+    from torch.overrides import TorchFunctionMode
+
+    class CpuMode(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(
+            self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            kwargs = dict(kwargs or {})
+            if "device" in kwargs:
+                kwargs["device"] = on_cpu(kwargs["device"])
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+            if getattr(function, "__name__", "") == "to":
+                args = tuple(on_cpu(argument) for argument in args)
+            return function(*args, **kwargs)
+
+    return CpuMode()
+
+
+def enter_device_mode(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+    """The mode belongs to a thread; slime's actor does all its work in the one that builds it."""
+    # Megatron initialises weights under its CUDA random state and warns, for each, that the CPU's has moved: it has.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    device_mode().__enter__()
+    original(self, *args, **kwargs)
+
+
+def known_operators(original: Callable[..., Any], op: Any, *args: Any, **kwargs: Any) -> Any:
+    """torchvision's CUDA build names operators that its library, which cannot be loaded here, would have defined."""
+    import torch
+
+    if isinstance(op, str) and op.startswith("torchvision::"):
+        try:
+            torch._C._dispatch_find_schema_or_throw(op, "")
+        except RuntimeError:
+            return lambda function: function
+    return original(op, *args, **kwargs)
+
+
+# -- process groups --------------------------------------------------------------------------------------------------
+
+
+def gloo_group(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """slime and SGLang both ask for nccl by name; here every group is gloo's.
+
+    The function is torch's own `_new_process_group_helper(group_size, group_rank, global_ranks_in_group, backend,
+    store, group_name, backend_options=None, ..., device_id=None, ...)`, which slime and SGLang call directly.
+    """
+    import inspect
+
+    import torch
+
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.arguments["backend"] = torch.distributed.Backend("gloo")
+    for option in ("backend_options", "pg_options", "device_id"):
+        if option in bound.arguments:
+            bound.arguments[option] = None
+    return original(*bound.args, **bound.kwargs)
+
+
+def gloo_backend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`init_process_group` and `new_group`: by keyword in Megatron and slime, with nccl or options for it."""
+    kwargs["backend"] = "gloo"
+    kwargs.pop("pg_options", None)
+    kwargs.pop("device_id", None)
+    return original(*args, **kwargs)
+
+
+def _patch(name: str, target: str, reason: str, roles: tuple[str, ...] = (), **how: Callable[..., Any]) -> Patch:
+    return Patch(
+        id=f"torch.cpu.{name}",
+        target=target,
+        wrap=how.get("wrap"),
+        replace_with=how.get("replace_with"),
+        roles=frozenset(roles),
+        reason=reason,
+        upstream="https://github.com/THUDM/slime (slime.utils.accelerator, after v0.3.1)",
+        retire_when="slime and Megatron-LM ask an accelerator registry everywhere",
+    )
+
+
+def _cuda_patch(name: str, answer: Any) -> Patch:
+    how: dict[str, Callable[..., Any]] = (
+        {"replace_with": lambda original: answer}
+        if isinstance(answer, type)
+        else {"wrap": lambda original, *args, **kwargs: answer(*args, **kwargs)}
+    )
+    reason = "slime and Megatron-LM call it without asking whether there is a GPU"
+    return _patch(f"cuda.{name.strip('_').replace('_', '-')}", f"torch.cuda:{name}", reason, (), **how)
+
+
+_NCCL = "Megatron-LM and slime name nccl for some groups whatever --distributed-backend says"
+_NO_QUESTION = "slime and Megatron-LM move tensors to the GPU without asking whether there is one"
+
+SEAMS = (
+    Seam(
+        name="cuda on the cpu",
+        hooks=("choose_device",),
+        only_in=frozenset({"driver", "trainer"}),
+        patches=(
+            *(_cuda_patch(name, answer) for name, answer in ANSWERS.items()),
+            _patch("tensor-cuda", "torch:Tensor.cuda", _NO_QUESTION, wrap=_stay),
+            _patch("tensor-pin-memory", "torch:Tensor.pin_memory", _NO_QUESTION, wrap=_stay),
+            _patch(
+                "tensor-type", "torch:Tensor.type", "Megatron compares CUDA tensor type names", wrap=cuda_type_names
+            ),
+            _patch("module-cuda", "torch.nn.modules.module:Module.cuda", _NO_QUESTION, wrap=_stay),
+            _patch("init-group", "torch.distributed.distributed_c10d:init_process_group", _NCCL, wrap=gloo_backend),
+            _patch("new-group", "torch.distributed.distributed_c10d:new_group", _NCCL, wrap=gloo_backend),
+            _patch(
+                "device-mode",
+                "slime.ray.train_actor:TrainRayActor.__init__",
+                wrap=enter_device_mode,
+                reason='Megatron-LM writes device="cuda" in its code',
+                roles=("trainer",),
+            ),
+        ),
+    ),
+    Seam(
+        name="gloo groups",
+        hooks=("choose_device",),
+        patches=(
+            _patch(
+                "group",
+                "torch.distributed.distributed_c10d:_new_process_group_helper",
+                wrap=gloo_group,
+                reason="slime and SGLang name nccl for the group that carries the weights",
+                roles=("trainer", "sglang_scheduler"),
+            ),
+        ),
+    ),
+    Seam(
+        name="torchvision operators",
+        hooks=("choose_device",),
+        patches=(
+            _patch(
+                "torchvision-operators",
+                "torch.library:register_fake",
+                wrap=known_operators,
+                reason="no index has a CPU build of torchvision, and its CUDA build does not import without a GPU",
+                roles=("sglang_server", "sglang_scheduler"),
+            ),
+        ),
+    ),
+)

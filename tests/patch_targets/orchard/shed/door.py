@@ -1,0 +1,5 @@
+"""In a namespace package inside of a regular one."""
+
+
+def open_door():
+    return "open"
