@@ -65,11 +65,12 @@ class _Default:
 def parse_signature(text: str) -> inspect.Signature:
     """The signature written as `(self, config, *, groups=None)`. Raises ValueError when it is not one."""
     try:
-        (node,) = ast.parse(f"def _{text}: ...").body
-        assert isinstance(node, ast.FunctionDef)
+        body = ast.parse(f"def _{text}: ...").body
     except (SyntaxError, ValueError):
-        raise ValueError(f"not a parameter list: {text!r}; one looks like (self, config, *, groups=None)") from None
-    return _signature_of_node(node.args)
+        body = []
+    if len(body) == 1 and isinstance(body[0], ast.FunctionDef) and len(body[0].body) == 1:
+        return _signature_of_node(body[0].args)
+    raise ValueError(f"not a parameter list: {text!r}; one looks like (self, config, *, groups=None)")
 
 
 def _signature_of_node(arguments: ast.arguments) -> inspect.Signature:
@@ -261,8 +262,8 @@ def find_module(name: str) -> Path | None:
 
 
 def has_package(name: str) -> bool:
-    """Whether the top-level package that `name` (dotted) belongs to is installed at all."""
-    return _locate_module(name.partition(".")[0]) is not None
+    """Whether a top-level package is installed at all."""
+    return _locate_module(name) is not None
 
 
 def _locate_module(name: str) -> tuple[Path | None, list[str]] | None:
@@ -582,28 +583,28 @@ def _function_kind(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 def names_near(target: str, limit: int = 5) -> list[str]:
     """Targets that a missing one may have become: similar names in its owner, the same name elsewhere in its module.
 
-    For a missing module: similar modules in the nearest package that exists.
+    For a missing class: similar classes; for a missing module: similar modules in the nearest package that exists.
     """
     module, _, qualname = target.partition(":")
-    located = _locate_module(module)
-    if located is None:
-        return _modules_near(module, limit)
     try:
         source = _read_module(module)
+        if source is None:
+            return _modules_near(module, limit)
+        *scope, wanted = qualname.split(".")
+        everything = list(_all_names(source.tree.body))
+        siblings = {name[-1]: f"{module}:{'.'.join(name)}" for name in everything if name[:-1] == tuple(scope)}
+        owner = _find_in_module(module, tuple(scope), ()) if scope else None
+        for ancestor in reversed(_lineage(owner, ())) if owner else ():
+            if isinstance(ancestor.node, ast.ClassDef):
+                names = [name for node in _bindings(ancestor.node.body, None) for name in _bound(node)]
+                siblings |= {name: f"{ancestor.target}.{name}" for name in names}
     except _Unreadable:
         return []
-    if source is None or not qualname:
-        return []
-    wanted = qualname.split(".")
-    everything = list(_all_names(source.tree.body))
-    siblings = {name[-1]: name for name in everything if list(name[:-1]) == wanted[:-1]}
-    near = [siblings[name] for name in difflib.get_close_matches(wanted[-1], siblings, n=limit)]
-    near += [name for name in everything if name[-1] == wanted[-1]]
-    if len(wanted) > 1 and not siblings:  # the class itself is gone
-        classes = {name[0]: name[:1] for name in everything}
-        near += [classes[name] for name in difflib.get_close_matches(wanted[0], classes, n=limit)]
-    unique = dict.fromkeys(f"{module}:{'.'.join(name)}" for name in near)
-    return [name for name in unique if name != target][:limit]
+    near = [siblings[name] for name in difflib.get_close_matches(wanted, siblings, n=limit)]
+    near += [f"{module}:{'.'.join(name)}" for name in everything if name[-1] == wanted]
+    if scope and owner is None:
+        near += names_near(f"{module}:{'.'.join(scope)}", limit)
+    return [name for name in dict.fromkeys(near) if name != target][:limit]
 
 
 def _all_names(body: list[ast.stmt], scope: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

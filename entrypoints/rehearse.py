@@ -218,7 +218,14 @@ def ray_command(rehearsal: Rehearsal, port: int, client_port: int, scratch: Path
     """Start a Ray head that stays our child (--block), on ports that no other Ray of this machine uses."""
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-        *("--num-gpus", str(rehearsal.gpus), "--num-cpus", "4", "--object-store-memory", str(256 * 2**20)),
+        *(
+            "--num-gpus",
+            str(rehearsal.gpus),
+            "--num-cpus",
+            str(rehearsal.gpus + 4),
+            "--object-store-memory",
+            str(256 * 2**20),
+        ),
         *("--node-ip-address", "127.0.0.1", "--port", str(port), "--ray-client-server-port", str(client_port)),
         *("--include-dashboard", "false", "--dashboard-agent-listen-port", "0"),
         *("--min-worker-port", "0", "--max-worker-port", "0"),  # 0: any free one
@@ -793,7 +800,8 @@ def _progress(rehearsal: Rehearsal, alive: Sequence[psutil.Process]) -> tuple[Ph
     """The phase, and how many rollouts have been trained on."""
     if read_processes(rehearsal.folder / PROCESSES):
         return Phase.ROLLOUTS, len(steps_of(read_metrics(rehearsal.folder / METRICS), "train/step"))
-    engine_seen = any("sglang::" in _command_line(process) for process in alive)
+    titles = [_command_line(process) for process in alive]
+    engine_seen = any("ray::SGLangEngine" in title or "sglang::" in title for title in titles)
     return (Phase.ENGINES if engine_seen else Phase.SLIME), 0
 
 

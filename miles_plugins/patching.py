@@ -384,8 +384,8 @@ def check_statically(patch: Patch) -> list[str]:
     Raises:
         PatchError: the patch cannot fit.
     """
-    if not has_package(patch.module):
-        return [f"not installed here: {patch.module.partition('.')[0]}"]
+    if not has_package(package := _package(patch.target)):
+        return [f"not installed here: {package}"]
     found = find_definition(patch.target)
     if found is not None and found.kind == "declared":
         found = None
@@ -403,11 +403,15 @@ def check_statically(patch: Patch) -> list[str]:
     else:
         notes += _judge(patch, found)
     for need in patch.needs:
-        if has_package(need.target.partition(":")[0]):
+        if has_package(package := _package(need.target)):
             _judge_need(patch, need, find_definition(need.target))
         else:
-            notes.append(f"not installed here: {need.target.partition('.')[0]}")
+            notes.append(f"not installed here: {package}")
     return notes
+
+
+def _package(target: str) -> str:
+    return target.partition(":")[0].partition(".")[0]
 
 
 def _judge(patch: Patch, found: Definition) -> list[str]:
@@ -523,9 +527,8 @@ def _resolve(target: str) -> tuple[Any, str]:
         if found is ABSENT:
             raise LookupError(part)
         owner = found
-    if not isinstance(owner, (ModuleType, type)):
-        hidden = getattr(getattr(owner, "__ray_metadata__", None), "modified_class", None)  # behind @ray.remote
-        owner = getattr(hidden, "__ray_actor_class__", None)
+    if not isinstance(owner, (ModuleType, type)):  # @ray.remote puts a handle in the place of the class that it runs
+        owner = getattr(getattr(owner, "__ray_metadata__", None), "modified_class", None)
     if owner is None:
         raise LookupError(qualname)
     return owner, name
@@ -601,16 +604,16 @@ def _enter(record: Record, holder: PatchSet) -> _Site:
             raise _already_there(patch, getattr(sys.modules[patch.module], "__file__", None))
     elif site.kind == "absent":
         raise _missing(patch, owner)
-    else:
-        record.detail = _joined(*_judge(patch, describe(patch.target, site.kind, site.original)))
     _check_company(patch, site, [other for underneath in stack for other in underneath.patches])
+    if patch.kind != "add":
+        record.detail = _joined(*_judge(patch, describe(patch.target, site.kind, site.original)))
     site.layers.append(_Layer(patch, {holder}))
     return site
 
 
 def _check_company(patch: Patch, site: _Site, others: list[Patch]) -> None:
     sort = _sort_of(site.original)
-    if patch.wrap is not None and _sort_of(patch.wrap) not in ("function", sort):
+    if patch.wrap is not None and site.kind in FUNCTION_KINDS and _sort_of(patch.wrap) not in ("function", sort):
         found = f"a {_sort_of(patch.wrap)}"
         raise _misfit(patch, "would return something else", expected=f"a wrapper for a {sort}", found=found)
     for other in others:
@@ -637,7 +640,7 @@ def _check_company(patch: Patch, site: _Site, others: list[Patch]) -> None:
 
 def _verify(patch: Patch, site: _Site) -> None:
     shown = _stored(*_resolve(patch.target))
-    if site.is_outermost() and shown is not site.installed and shown is not site.function:
+    if not site.leads_to_us() or not any(shown is face for face in (site.front, site.function)):
         raise _misfit(patch, "was applied, but its target does not show it", found=_full_name(shown))
     if patch.probe is not None:
         patch.probe()
@@ -686,12 +689,14 @@ class _Site:
         old = self.original if isinstance(self.owner, ModuleType) else getattr(self.raw, "__func__", self.raw)
         return old, self.function or self.installed
 
-    def is_outermost(self) -> bool:
-        return vars(self.owner).get(self.name, ABSENT) is self.standing
+    @property
+    def front(self) -> Any:
+        """What is there now, whoever has put it there."""
+        return vars(self.owner).get(self.name, ABSENT)
 
     def leads_to_us(self) -> bool:
-        """Whether whoever stands in front, if anyone, says by `__wrapped__` that it calls us."""
-        front = vars(self.owner).get(self.name, ABSENT)
+        """Whether we stand in front, or someone who says by `__wrapped__` that it calls us."""
+        front = self.front
         for _ in range(100):
             if front is self.standing or front is self.function:
                 return True
@@ -760,7 +765,7 @@ class _Site:
             self.calls[0] = self.function.__wrapped__ = self.original
         if self.installed is ABSENT:
             return True
-        if not self.is_outermost():
+        if self.front is not self.installed:
             return False
         if self.raw is ABSENT:
             delattr(self.owner, self.name)
@@ -875,9 +880,9 @@ def _site_of(owner: Any, name: str) -> _Site:
     current = namespace.get(name, ABSENT)
     traceable = isinstance(owner, ModuleType) and current is not ABSENT and _is_traceable(current)
     for site in _sites:
-        if site.standing is current and (
-            traceable or (site.owner is owner and site.name == name) or _is_in(site.copies, namespace, name)
-        ):
+        here = site.owner is owner and site.name == name
+        is_addition = site.kind == "absent" and site.installed is not ABSENT  # a target of its own for other patches
+        if site.standing is current and not is_addition and (here or traceable or _is_in(site.copies, namespace, name)):
             return site
     _sites.append(_Site(owner, name))
     return _sites[-1]

@@ -34,7 +34,7 @@ def _fresh_orchard(monkeypatch):
     """Every test imports its own upstream, and leaves nothing patched."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "patch_targets"))
     yield
-    left = [(site.owner, site.name) for site in patching._sites]
+    left = [(site.owner, site.name) for site in patching._sites if site.layers]
     patching._sites.clear()
     patching._waiting.clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == "orchard"]:
@@ -229,10 +229,10 @@ def test_wrap_generator_function():
     with applied(
         declare("a", "orchard.tools:rows", wrap=by_generator),
         declare("b", "orchard.tools:rows", wrap=plainly),
-        declare("c", "orchard.trees:Plant.fruits", wrap=plainly),
+        declare("c", "orchard.trees:Plant.fruits", wrap=lambda original, self, count: original(self, count + 1)),
     ):
         assert inspect.isgeneratorfunction(tools.rows)
-        assert list(load("orchard.trees").Plant().fruits(0) if False else tools.rows(2)) == [0, 1, 2]
+        assert list(load("orchard.trees").Plant().fruits(2)) == [0, 1, 2]
         rows = tools.rows(1)
         assert [next(rows), rows.send(4)] == [0, 1]
         with pytest.raises(StopIteration) as stop:
@@ -371,14 +371,14 @@ def test_class_behind_ray_remote():
             return ["grow"]
 
     class Metadata:
-        modified_class = type("Class", (Hidden,), {"__ray_actor_class__": Hidden})
+        modified_class = type("Class", (Hidden,), {"grow": Hidden.grow})  # Ray wraps every method into a copy
 
     class ActorClass:
         __ray_metadata__ = Metadata()
 
     module = sys.modules["orchard"] = ModuleType("orchard")
     module.Hidden = ActorClass()
-    patches = PatchSet(declare("p", "orchard:Hidden.grow"))
+    patches = PatchSet(declare("p", "orchard:Hidden.grow", signature="(self)"))
     patches.apply()
     assert Metadata.modified_class().grow() == ["p", "grow"]
     patches.undo()
@@ -639,13 +639,14 @@ def test_module_that_does_not_import(tmp_path, monkeypatch):
 def test_signature(recorded, outcome):
     patch = declare("p", "orchard.tools:cut", signature=recorded)
     before = snapshot()
+    line = load("orchard.tools").cut.__code__.co_firstlineno
     if outcome is None:
         for check in (PatchSet(patch).apply, lambda: check_statically(patch)):
             with pytest.raises(PatchError, match="takes other arguments") as error:
                 check()
             assert error.value.facts["expected"] == recorded
             assert error.value.facts["found"] == "(length, *, angle=0)"
-            assert error.value.facts["where"].endswith("orchard/tools.py:30")
+            assert error.value.facts["where"].endswith(f"orchard/tools.py:{line}")
         assert_same(before, snapshot())
     else:
         assert check_statically(patch) == ([outcome] if outcome else [])
@@ -728,8 +729,11 @@ def test_what_our_own_patch_adds_does_not_supersede_it():
         return "upstream has it" if hasattr(tools, "new") else None
 
     patch = declare("p", "orchard.tools:new", add=1, superseded_when=native)
-    with applied(patch), applied(patch) as second:
+    with applied(patch):
+        second = PatchSet(patch)
+        second.apply()
         assert states(second) == [State.VERIFIED]
+        second.undo()
 
 
 def test_static_check_imports_nothing():
@@ -746,12 +750,15 @@ def test_double_apply():
     with applied(patch) as first:
         first.apply()
         first.arm()
-        with applied(patch) as second:
-            assert tools.cut(1) == ["p", "cut", 1, 0]
-            assert states(second) == [State.VERIFIED]
-            first.undo()
-            assert tools.cut(1) == ["p", "cut", 1, 0]  # second still wants it
-        assert tools.cut(1) == ["cut", 1, 0]
+        second = PatchSet(patch)
+        second.apply()
+        assert tools.cut(1) == ["p", "cut", 1, 0]
+        assert states(second) == [State.VERIFIED]
+        first.undo()
+        assert tools.cut(1) == ["p", "cut", 1, 0]  # second still wants it
+        first.apply()
+        second.undo()
+        assert tools.cut(1) == ["p", "cut", 1, 0]
 
 
 def test_one_id_for_two_targets():
@@ -811,9 +818,9 @@ def test_a_wrapped_function_is_replaced_by_functions_only():
     tools = load("orchard.tools")
     with applied(declare("b", "orchard.tools:cut")), pytest.raises(PatchError, match="only a function can replace it"):
         PatchSet(declare("a", "orchard.tools:cut", replace=None, fingerprints=unknown_body(tools.cut))).apply()
-    with applied(declare("a", "orchard.tools:cut", replace=None, fingerprints=unknown_body(tools.cut))):
-        with pytest.raises(PatchError, match="only a function can replace it"):
-            PatchSet(declare("b", "orchard.tools:cut")).apply()
+    nothing = declare("a", "orchard.tools:cut", replace=None, fingerprints=unknown_body(tools.cut))
+    with applied(nothing), pytest.raises(PatchError, match="only a function can replace it"):
+        PatchSet(declare("b", "orchard.tools:cut")).apply()
 
 
 @pytest.mark.parametrize("in_one_set", [True, False])
@@ -966,7 +973,7 @@ def test_replacing_twice_with_someone_else_between():
     ours = tools.cut
     foreign(tools)
     second = PatchSet(declare("b", "orchard.tools:cut", replace=lambda length: ["snap"], fingerprints=known))
-    with pytest.raises(PatchError, match="replace the same object|does not know"):
+    with pytest.raises(PatchError, match="replace the same object"):
         second.apply()
     tools.cut = ours
     first.undo()
@@ -1029,6 +1036,10 @@ def fail(*_):
     raise RuntimeError("on purpose")
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("stage", ["resolve", "check", "superseded_when", "apply", "probe", "interrupt"])
 @pytest.mark.parametrize("position", range(10))
 def test_whatever_fails_undoes_all(position, stage):
@@ -1036,19 +1047,13 @@ def test_whatever_fails_undoes_all(position, stage):
         load(name)
     before = snapshot()
     bad = {
-        "resolve": lambda: declare("bad", "orchard.tools:missing"),
-        "check": lambda: declare("bad", "orchard.tools:saw", signature="(other)"),
-        "superseded_when": lambda: declare("bad", "orchard.tools:saw", superseded_when=fail),
-        "apply": lambda: declare("bad", "orchard.tools:LIMIT", replace_with=fail),
-        "probe": lambda: declare("bad", "orchard.tools:saw", probe=fail),
-        "interrupt": lambda: declare("bad", "orchard.tools:saw", probe=interrupt),
-    }[stage]()
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    if stage == "interrupt":
-        bad = declare("bad", "orchard.tools:saw", probe=interrupt)
+        "resolve": declare("bad", "orchard.tools:missing"),
+        "check": declare("bad", "orchard.tools:saw", signature="(other)"),
+        "superseded_when": declare("bad", "orchard.tools:saw", superseded_when=fail),
+        "apply": declare("bad", "orchard.tools:LIMIT", replace_with=fail),
+        "probe": declare("bad", "orchard.tools:saw", probe=fail),
+        "interrupt": declare("bad", "orchard.tools:saw", probe=interrupt),
+    }[stage]
     other = PatchSet(declare("other", "orchard.tools:cut"))
     other.apply()
     patches = PatchSet(*(everything()[:position]), bad, *everything()[position:])

@@ -723,6 +723,21 @@ def test_the_plain_display_says_each_thing_once_and_never_goes_back() -> None:
     ]
 
 
+def test_the_phase_follows_what_runs_and_what_was_written(
+    rehearsal: Rehearsal, processes: RunProcesses, tmp_path: Path
+) -> None:
+    rehearsal.folder.mkdir()
+    assert module._progress(rehearsal, processes.alive()) == (Phase.SLIME, 0)
+    # The title that Ray and SGLang give themselves is all that shows of an engine from outside.
+    processes.start([sys.executable, "-c", SLEEP, "ray::SGLangEngine"], tmp_path / "log", environment_of("this-run"))
+    eventually(lambda: module._progress(rehearsal, processes.alive()) == (Phase.ENGINES, 0))
+    (rehearsal.folder / "processes.json").write_text(json.dumps(processes_of()))
+    assert module._progress(rehearsal, processes.alive()) == (Phase.ROLLOUTS, 0)
+    lines = "".join(json.dumps(record) + "\n" for record in metrics_of(2))
+    (rehearsal.folder / "metrics.jsonl").write_text(lines)
+    assert module._progress(rehearsal, []) == (Phase.ROLLOUTS, 2)
+
+
 def test_the_live_display_ticks_only_what_was_done() -> None:
     console = Console(file=StringIO(), force_terminal=True, width=100, color_system=None)
     with Display(console, rollouts=2) as display:

@@ -45,7 +45,27 @@ def named_params_and_buffers(
     return ((transformer_engine_name(name, offset), parameter) for name, parameter in named)
 
 
+def leave_torch_distributed_alone(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """slime's reloadable groups serve offloading, which needs a GPU; they do not forward newer torch's collectives."""
+
+
 SEAMS = (
+    Seam(
+        name="plain process groups",
+        hooks=("choose_device",),
+        only_in=frozenset({"driver", "trainer"}),
+        patches=(
+            Patch(
+                id="slime.cpu.process-groups",
+                target="slime.utils.reloadable_process_group:monkey_patch_torch_dist",
+                wrap=leave_torch_distributed_alone,
+                roles=frozenset({"trainer"}),
+                reason="with it and torch 2.13, collectives stop: 'No backend type associated with device type cpu'",
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/utils/reloadable_process_group.py",
+                retire_when="slime forwards every collective of the installed torch",
+            ),
+        ),
+    ),
     Seam(
         name="local parameter names",
         hooks=("choose_device",),

@@ -1,0 +1,51 @@
+"""`miles-plugins`: look at what is installed, and rehearse a launch."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from miles_plugins.entrypoints.rehearse import rehearse
+from miles_plugins.errors import PluginError
+from miles_plugins.manager import installed_plugins, load
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="miles-plugins")
+def main() -> None:
+    """Plugins for an unmodified slime. Turn them on with `slime-train --plugins NAME,… <slime flags>`."""
+
+
+@main.command("list")
+@click.option("--json", is_flag=True, help="Print JSON.")
+def list_plugins(json: bool) -> None:
+    """Every installed plugin: its names, where it comes from, the processes it needs, what it does."""
+    rows = []
+    for installed in installed_plugins().values():
+        row = {"name": installed.name, "short": installed.short_name, "from": installed.distribution}
+        row["version"] = installed.version
+        try:
+            plugin = load(installed)
+            row |= {"sides": ", ".join(plugin.sides), "summary": plugin.summary}
+        except PluginError as error:
+            row |= {"sides": "", "summary": f"cannot be imported: {error.facts.get('error', error.message)}"}
+        rows.append(row)
+    if json:
+        click.echo(json_module.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "short", "version", "from", "sides", "summary"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(row[column.header] for column in table.columns))  # type: ignore[index]
+    Console().print(table)
+
+
+main.add_command(rehearse)
+
+if __name__ == "__main__":
+    sys.exit(main())
