@@ -11,7 +11,7 @@ from rich.table import Table
 
 from miles_plugins.entrypoints.rehearse import rehearse
 from miles_plugins.errors import PluginError
-from miles_plugins.manager import installed_plugins, load
+from miles_plugins.manager import OWN_DISTRIBUTION, installed_plugins, load
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,10 +38,11 @@ def list_plugins(json: bool) -> None:
         click.echo(json_module.dumps(rows, indent=1))
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "short", "version", "from", "sides", "summary"):
-        table.add_column(column, overflow="fold")
+    for column in ("plugin", "version", "what it does"):
+        table.add_column(column)
     for row in rows:
-        table.add_row(*(row[column.header] for column in table.columns))  # type: ignore[index]
+        source = "" if row["from"] == OWN_DISTRIBUTION else f" ({row['from']})"
+        table.add_row(f"{row['short']}, {row['name']}", f"{row['version']}{source}", row["summary"])
     Console().print(table)
 
 

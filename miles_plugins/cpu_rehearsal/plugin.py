@@ -1,4 +1,4 @@
-"""Rehearse a slime launch without a GPU: real slime, Ray, SGLang and Megatron-LM, on the CPU, with a tiny model."""
+"""Run the whole real stack on the CPU, to rehearse a launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write every metric that slime logs to a file of JSON lines."""
+"""Write what slime logs to a file of JSON lines."""
 
 from __future__ import annotations
 

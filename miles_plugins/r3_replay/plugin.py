@@ -1,4 +1,4 @@
-"""Rollout Routing Replay: the trainer uses the experts that the rollout used, token by token.
+"""Rollout Routing Replay: train on the experts that the rollout used.
 
 One sample's way: SGLang records the routing (asked for in `receive_engine_request`), slime carries it, it is checked
 and made compact in `collect_train_data`, laid out like the tokens in `microbatch_begins`, and taken by the routers in
