@@ -120,7 +120,7 @@ set_of_targets = st.lists(st.sampled_from(TARGETS), min_size=1, max_size=4, uniq
 steps = st.lists(st.tuples(st.sampled_from(["apply", "undo", "arm"]), st.integers(0, 2)), max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(sets=st.lists(set_of_targets, min_size=3, max_size=3), steps=steps)
 def test_any_history_behaves_like_the_model_and_can_be_undone(sets, steps):
     world = World(sets)
@@ -143,7 +143,7 @@ def test_any_history_behaves_like_the_model_and_can_be_undone(sets, steps):
         world.close()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     sets=st.lists(set_of_targets, min_size=3, max_size=3),
     steps=st.lists(
