@@ -164,8 +164,11 @@ def source_fingerprint(function: Any) -> str:
     """
     text = inspect.getsource(inspect.unwrap(function))
     # `if 1:` rather than dedent: dedent would also move the text inside multi-line strings.
-    tree = ast.parse("if 1:\n" + text if text[:1].isspace() else text)
-    first = tree.body[0].body[0] if isinstance(tree.body[0], ast.If) else tree.body[0]
+    try:
+        first = ast.parse(f"if 1:\n{text}" if text[:1].isspace() else text).body[0]
+    except SyntaxError:
+        raise OSError(f"the source of {function!r} is only a part of a statement") from None
+    first = first.body[0] if isinstance(first, ast.If) else first
     if not isinstance(first, (*_FunctionNode, ast.ClassDef)):
         raise OSError(f"{function!r} is not written as a def or class statement")
     return _fingerprint_of_node(first)
@@ -242,7 +245,7 @@ def describe(target: str, kind: str, value: Any) -> Definition:
         return Definition(target=target, kind=kind)
     try:
         fingerprint = source_fingerprint(value)
-    except (OSError, TypeError, SyntaxError):
+    except (OSError, TypeError):
         fingerprint = None
     path = line = None
     plain = inspect.unwrap(value)
@@ -304,7 +307,11 @@ def _locate_in(folders: Iterable[str], part: str) -> tuple[Path | None, list[str
 class _Module:
     name: str
     path: Path
-    tree: ast.Module
+    tree: ast.Module | None
+
+    @property
+    def body(self) -> list[ast.stmt]:
+        return self.tree.body if self.tree else []
 
     @property
     def package(self) -> str:
@@ -312,20 +319,20 @@ class _Module:
 
 
 def _read_module(name: str) -> _Module | None:
-    """The parsed module; None when it does not exist. Raises _Unreadable when it is not Python source."""
+    """The parsed module, its `tree` None if it is not Python source; None when it does not exist."""
     located = _locate_module(name)
     if located is None:
         return None
     path, _ = located
-    if path is None:
+    if path is None:  # a namespace package, or built in
         return _Module(name, Path("__init__.py"), ast.Module(body=[], type_ignores=[]))
     if path.suffix != ".py":
-        raise _Unreadable(path)
+        return _Module(name, path, None)
     status = path.stat()
     try:
         return _Module(name, path, _parse(path, status.st_mtime_ns, status.st_size))
     except (SyntaxError, ValueError):
-        raise _Unreadable(path) from None
+        return _Module(name, path, None)
 
 
 @functools.lru_cache(maxsize=256)
@@ -333,91 +340,88 @@ def _parse(path: Path, modified: int, size: int) -> ast.Module:
     return ast.parse(path.read_bytes(), filename=str(path))
 
 
-class _Unreadable(Exception):
-    """The answer is in something that is not Python source."""
-
-    def __init__(self, path: Path | None = None, line: int | None = None) -> None:
-        super().__init__(path)
-        self.path, self.line = path, line
-
-
 # -- definitions -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A statement that binds a name; `scope` holds the names of the classes around it."""
+    """Where a name gets its value; `scope` holds the names of the classes around it."""
 
     module: _Module
     scope: tuple[str, ...]
     name: str
-    node: Any  # ast.stmt, or an object of `builtins`, or None for the module itself
+    node: Any  # the statement; of a builtin class, its member; None for the module itself
+    is_known: bool = True
 
     @property
     def target(self) -> str:
         return f"{self.module.name}:{'.'.join((*self.scope, self.name))}"
 
 
+_Trail = tuple[object, ...]  # the questions that have led here: ends circular re-exports
+
+
 def find_definition(target: str) -> Definition | None:
     """What `module:qualname` is, read from the files; None when there is nothing of that name.
 
     Follows re-exports (`from x import y`, also `*`), aliases (`a = b`), base classes, and the branches of if, try and
-    with. Where branches disagree the first that can be resolved counts.
+    with. Where several branches define the name, this is the first; see `find_definitions`.
     """
+    return next(iter(find_definitions(target)), None)
+
+
+def find_definitions(target: str) -> list[Definition]:
+    """Everything that `module:qualname` can be: more than one thing if a condition decides."""
     module, _, qualname = target.partition(":")
     parts = tuple(qualname.split(".")) if qualname else ()
-    try:
-        place = _find_in_module(module, parts, ())
-    except _Unreadable as problem:
-        return Definition(target=target, kind="unknown", path=problem.path, line=problem.line)
-    return _define(place, in_class=len(parts) > 1) if place else None
+    places = _find_in_module(module, parts, ())
+    return [_define(place, parts) for place in dict.fromkeys(places)]
 
 
-_Trail = tuple[object, ...]  # the questions that led here: ends circular re-exports
-
-
-def _find_in_module(name: str, parts: tuple[str, ...], trail: _Trail) -> _Place | None:
+def _find_in_module(name: str, parts: tuple[str, ...], trail: _Trail) -> list[_Place]:
     if (name, parts) in trail or len(trail) >= _MAX_HOPS:
-        return None
+        return []
     trail = (*trail, (name, parts))
     module = _read_module(name)
     if module is None:
-        return None
+        return []
     if not parts:
-        return _Place(module, (), "", None)
-    found = _find_in_body(module, (), module.tree.body, parts, trail)
-    if found is None and module.path.name == "__init__.py":
+        return [_Place(module, (), "", None)]
+    found = _find_in_body(module, (), module.body, parts, trail)
+    if not found and module.path.name == "__init__.py":
         found = _find_in_module(f"{name}.{parts[0]}", parts[1:], trail)
-    if found is None and any(True for _ in _bindings(module.tree.body, "__getattr__")):
-        raise _Unreadable(module.path)
+    if not found and (module.tree is None or any(True for _ in _bindings(module.body, "__getattr__"))):
+        found = [_Place(module, parts[:-1], parts[-1], None, is_known=False)]
     return found
 
 
 def _find_in_body(
     module: _Module, scope: tuple[str, ...], body: list[ast.stmt], parts: tuple[str, ...], trail: _Trail
-) -> _Place | None:
+) -> list[_Place]:
+    places: list[_Place] = []
     name, rest = parts[0], parts[1:]
-    for node in _bindings(body, name):
+    for node, is_conditional in _bindings(body, name):
+        found: list[_Place] = []
         if isinstance(node, ast.ImportFrom):
             found = _find_in_import(module, node, name, rest, trail)
         elif isinstance(node, ast.Import):
-            found = _find_in_module(_imported_name(node, name), rest, trail)
-        elif isinstance(node, ast.ClassDef) and rest:
-            found = _find_in_class(_Place(module, scope, name, node), rest, trail)
-        elif not rest and isinstance(node, (*_FunctionNode, ast.ClassDef)):
-            found = _Place(module, scope, name, node)
+            imported = next((alias.name for alias in node.names if alias.asname == name), name)
+            found = _find_in_module(imported, rest, trail)
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             found = _find_in_assignment(module, scope, body, node, parts, trail)
-        else:
-            found = None
-        if found:
-            return found
-    return None
+        elif not rest:
+            found = [_Place(module, scope, name, node)]
+        elif isinstance(node, ast.ClassDef):
+            found = _find_in_class(_Place(module, scope, name, node), rest, trail)
+        places += found
+        if found and not is_conditional:
+            break
+    return places
 
 
 def _find_in_import(
     module: _Module, node: ast.ImportFrom, name: str, rest: tuple[str, ...], trail: _Trail
-) -> _Place | None:
+) -> list[_Place]:
     package = module.package.split(".")
     base = package[: len(package) - node.level + 1] if node.level else []
     source = ".".join([*base, *([node.module] if node.module else [])])
@@ -425,70 +429,63 @@ def _find_in_import(
     return _find_in_module(source, (original, *rest), trail)
 
 
-def _imported_name(node: ast.Import, name: str) -> str:
-    return next((alias.name for alias in node.names if alias.asname == name), name)
-
-
 def _find_in_assignment(
     module: _Module, scope: tuple[str, ...], body: list[ast.stmt], node: Any, parts: tuple[str, ...], trail: _Trail
-) -> _Place | None:
+) -> list[_Place]:
     name, rest = parts[0], parts[1:]
-    value = node.value
     question = (module.name, scope, parts)
-    if isinstance(value, ast.Name) and value.id != name and question not in trail:
-        trail = (*trail, question)
-        found = _find_in_body(module, scope, body, (value.id, *rest), trail)
-        if found is None and scope:
-            found = _find_in_body(module, (), module.tree.body, (value.id, *rest), trail)
+    if isinstance(node.value, ast.Name) and node.value.id != name and question not in trail:
+        meant, trail = (node.value.id, *rest), (*trail, question)
+        found = _find_in_body(module, scope, body, meant, trail)
+        if not found and scope:
+            found = _find_in_body(module, (), module.body, meant, trail)
         if found:
             return found
-    if rest:
-        raise _Unreadable(module.path, node.lineno)
-    return _Place(module, scope, name, node)
+    return [_Place(module, scope, name, node, is_known=not rest)]
 
 
-def _find_in_class(place: _Place, parts: tuple[str, ...], trail: _Trail) -> _Place | None:
+def _find_in_class(place: _Place, parts: tuple[str, ...], trail: _Trail) -> list[_Place]:
     """Depth first, each class at its last mention: Python's own order in all but contrived hierarchies."""
+    name, rest = parts[0], parts[1:]
     lineage = _lineage(place, trail)
     for position, ancestor in enumerate(lineage):
         if ancestor in lineage[position + 1 :]:
             continue
         if isinstance(ancestor.node, ast.ClassDef):
-            scope = (*ancestor.scope, ancestor.name)
-            names = [parts[0]]
-            if parts[0].startswith(prefix := f"_{ancestor.name.lstrip('_')}__"):  # self.__name, as Python stores it
-                names.append(parts[0][len(prefix) - 2 :])
-            for name in names:
-                found = _find_in_body(ancestor.module, scope, ancestor.node.body, (name, *parts[1:]), trail)
-                if found:
-                    return found
-        elif len(parts) == 1 and hasattr(ancestor.node, parts[0]):
-            return _Place(ancestor.module, (ancestor.name,), parts[0], getattr(ancestor.node, parts[0]))
-    return None
+            written = _unmangled(name, ancestor.name)
+            scope, body = (*ancestor.scope, ancestor.name), ancestor.node.body
+            found = _find_in_body(ancestor.module, scope, body, (written, *rest), trail) if written else []
+            if found:
+                return found
+        elif not rest and hasattr(ancestor.node, name):
+            return [_Place(ancestor.module, (ancestor.name,), name, getattr(ancestor.node, name))]
+    return []
+
+
+def _unmangled(name: str, class_name: str) -> str | None:
+    """How a class body writes what Python stores as `name`: `_Class__private` is written `__private`."""
+    if name.startswith("__") and not name.endswith("__"):
+        return None
+    prefix = f"_{class_name.lstrip('_')}"
+    return name.removeprefix(prefix) if name.startswith(f"{prefix}__") else name
 
 
 def _lineage(place: _Place, trail: _Trail) -> list[_Place]:
-    base_object = _Place(place.module, (), "object", object)
+    """A class, and what it inherits from as far as that can be read; `object` last."""
     if not isinstance(place.node, ast.ClassDef):
         return [place]
     lineage = [place]
     question = (place.target, "bases")
-    if question in trail or len(trail) >= _MAX_HOPS:
-        return lineage
-    trail = (*trail, question)
-    for expression in place.node.bases:
+    for expression in place.node.bases if question not in trail and len(trail) < _MAX_HOPS else ():
         parts = _dotted(expression)
-        if not parts or parts == (place.name,):
+        if not parts:
             continue
-        try:
-            base = _find_in_body(place.module, (), place.module.tree.body, parts, trail)
-        except _Unreadable:
-            continue
-        if base is None and len(parts) == 1 and isinstance(builtin := getattr(builtins, parts[0], None), type):
-            base = _Place(place.module, (), parts[0], builtin)
-        if base is not None:
-            lineage += _lineage(base, trail)
-    return [*lineage, base_object]
+        bases = _find_in_body(place.module, (), place.module.body, parts, (*trail, question))
+        if bases and bases[0].is_known:
+            lineage += _lineage(bases[0], (*trail, question))
+        elif not bases and isinstance(builtin := getattr(builtins, ".".join(parts), None), type):
+            lineage.append(_Place(place.module, (), parts[0], builtin))
+    return [*lineage, _Place(place.module, (), "object", object)]
 
 
 def _dotted(expression: ast.expr) -> tuple[str, ...]:
@@ -499,20 +496,22 @@ def _dotted(expression: ast.expr) -> tuple[str, ...]:
     return (expression.id,) if isinstance(expression, ast.Name) else ()
 
 
-def _bindings(body: list[ast.stmt], name: str | None) -> Iterator[ast.stmt]:
-    """The statements that bind `name` (any name, when None), the most telling first: later ones hide earlier ones."""
+def _bindings(body: list[ast.stmt], name: str | None) -> Iterator[tuple[ast.stmt, bool]]:
+    """The statements that bind `name` (any name, if None), the last first, as it hides the others; is it conditional?
+
+    Of a try statement, what is tried counts before what handles its failure.
+    """
     for node in reversed(body):
         if isinstance(node, ast.If):
-            if _runs_on_import(node.test):
-                yield from _bindings(node.body, name)
-            yield from _bindings(node.orelse, name)
+            for block in (node.body if _runs_on_import(node.test) else [], node.orelse):
+                yield from ((inner, True) for inner, _ in _bindings(block, name))
         elif isinstance(node, (ast.With, ast.AsyncWith)):
             yield from _bindings(node.body, name)
         elif isinstance(node, ast.Try):
             for block in (node.finalbody, node.orelse, node.body, *(handler.body for handler in node.handlers)):
                 yield from _bindings(block, name)
         elif any(name in (None, bound) or (bound == "*" and not str(name).startswith("_")) for bound in _bound(node)):
-            yield node
+            yield node, False
 
 
 def _bound(node: ast.stmt) -> Iterator[str]:
@@ -523,8 +522,9 @@ def _bound(node: ast.stmt) -> Iterator[str]:
     elif isinstance(node, ast.Import):
         yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
     elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        yield from (leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name))
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            elements = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+            yield from (element.id for element in elements if isinstance(element, ast.Name))
 
 
 def _runs_on_import(test: ast.expr) -> bool:
@@ -533,9 +533,11 @@ def _runs_on_import(test: ast.expr) -> bool:
     return "TYPE_CHECKING" not in _dotted(test) and not ast.unparse(test).startswith("__name__ ==")
 
 
-def _define(place: _Place, in_class: bool) -> Definition:
+def _define(place: _Place, parts: tuple[str, ...]) -> Definition:
     node, module = place.node, place.module
     path = module.path if module.path.is_absolute() else None
+    if not place.is_known:
+        return Definition(target=place.target, kind="unknown", path=path, line=getattr(node, "lineno", None))
     if node is None:
         return Definition(target=module.name, kind="module", path=path)
     if not isinstance(node, ast.AST):  # inherited from a builtin class
@@ -543,7 +545,7 @@ def _define(place: _Place, in_class: bool) -> Definition:
         return Definition(target=place.target, kind=kind, signature=_signature_of_object(node))
     kind, signature, fingerprint = "unknown", None, None
     if isinstance(node, _FunctionNode):
-        kind = _function_kind(node) if in_class else "function"
+        kind = _method_kind(node, parts[-1]) if len(parts) > 1 else "function"
         signature, fingerprint = _signature_of_node(node.args), _fingerprint_of_node(node)
     elif isinstance(node, ast.ClassDef):
         kind, fingerprint = "class", _fingerprint_of_node(node)
@@ -563,10 +565,10 @@ def _define(place: _Place, in_class: bool) -> Definition:
     )
 
 
-def _function_kind(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    if node.name == "__new__":
+def _method_kind(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> str:
+    if name == "__new__":
         return "staticmethod"
-    if node.name in ("__init_subclass__", "__class_getitem__"):
+    if name in ("__init_subclass__", "__class_getitem__"):
         return "classmethod"
     for decorator in node.decorator_list:
         last = (_dotted(decorator.func if isinstance(decorator, ast.Call) else decorator) or ("",))[-1]
@@ -586,29 +588,26 @@ def names_near(target: str, limit: int = 5) -> list[str]:
     For a missing class: similar classes; for a missing module: similar modules in the nearest package that exists.
     """
     module, _, qualname = target.partition(":")
-    try:
-        source = _read_module(module)
-        if source is None:
-            return _modules_near(module, limit)
-        *scope, wanted = qualname.split(".")
-        everything = list(_all_names(source.tree.body))
-        siblings = {name[-1]: f"{module}:{'.'.join(name)}" for name in everything if name[:-1] == tuple(scope)}
-        owner = _find_in_module(module, tuple(scope), ()) if scope else None
-        for ancestor in reversed(_lineage(owner, ())) if owner else ():
-            if isinstance(ancestor.node, ast.ClassDef):
-                names = [name for node in _bindings(ancestor.node.body, None) for name in _bound(node)]
-                siblings |= {name: f"{ancestor.target}.{name}" for name in names}
-    except _Unreadable:
-        return []
+    source = _read_module(module)
+    if source is None:
+        return _modules_near(module, limit)
+    *scope, wanted = qualname.split(".")
+    everything = list(_all_names(source.body))
+    siblings = {name[-1]: f"{module}:{'.'.join(name)}" for name in everything if name[:-1] == tuple(scope)}
+    owners = _find_in_module(module, tuple(scope), ()) if scope else []
+    for ancestor in reversed([ancestor for owner in owners for ancestor in _lineage(owner, ())]):
+        if isinstance(ancestor.node, ast.ClassDef):
+            names = [name for node, _ in _bindings(ancestor.node.body, None) for name in _bound(node)]
+            siblings |= {name: f"{ancestor.target}.{name}" for name in names}
     near = [siblings[name] for name in difflib.get_close_matches(wanted, siblings, n=limit)]
     near += [f"{module}:{'.'.join(name)}" for name in everything if name[-1] == wanted]
-    if scope and owner is None:
+    if scope and not owners:
         near += names_near(f"{module}:{'.'.join(scope)}", limit)
     return [name for name in dict.fromkeys(near) if name != target][:limit]
 
 
 def _all_names(body: list[ast.stmt], scope: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for node in _bindings(body, None):
+    for node, _ in _bindings(body, None):
         for name in _bound(node):
             yield (*scope, name)
         if isinstance(node, ast.ClassDef):

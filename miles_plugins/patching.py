@@ -21,7 +21,7 @@ import importlib
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -36,7 +36,7 @@ from miles_plugins.compat.source import (
     Definition,
     compare_signatures,
     describe,
-    find_definition,
+    find_definitions,
     find_module,
     has_package,
     kind_of,
@@ -386,28 +386,38 @@ def check_statically(patch: Patch) -> list[str]:
     """
     if not has_package(package := _package(patch.target)):
         return [f"not installed here: {package}"]
-    found = find_definition(patch.target)
-    if found is not None and found.kind == "declared":
-        found = None
-    if found is None and patch.superseded_when is not None:
+    found = [definition for definition in find_definitions(patch.target) if definition.kind != "declared"]
+    if not found and patch.superseded_when is not None:
         return ["its target does not exist; whether upstream supersedes it is only known when it is imported"]
     notes = []
     if patch.kind == "add":
         owner = patch.target.rpartition("." if "." in patch.qualname else ":")[0]
-        if found is not None and found.kind != "unknown":
-            raise _already_there(patch, found.where)
-        if find_definition(owner) is None:
+        if found and found[0].kind != "unknown":
+            raise _already_there(patch, found[0].where)
+        if not find_definitions(owner):
             raise _missing(patch)
-    elif found is None:
+    elif not found:
         raise _missing(patch)
     else:
-        notes += _judge(patch, found)
+        notes += _first_that_fits(lambda definition: _judge(patch, definition), found)
     for need in patch.needs:
         if has_package(package := _package(need.target)):
-            _judge_need(patch, need, find_definition(need.target))
+            judge = functools.partial(_judge_need, patch, need)
+            notes += _first_that_fits(judge, find_definitions(need.target) or [None])
         else:
             notes.append(f"not installed here: {package}")
     return notes
+
+
+def _first_that_fits(judge: Callable[[Any], list[str]], definitions: Sequence[Definition | None]) -> list[str]:
+    """Of several, a condition in upstream decides which is there when it runs."""
+    failures = []
+    for definition in definitions:
+        try:
+            return judge(definition)
+        except PatchError as failure:
+            failures.append(failure)
+    raise failures[0]
 
 
 def _package(target: str) -> str:
@@ -460,9 +470,9 @@ def _judge(patch: Patch, found: Definition) -> list[str]:
     return notes
 
 
-def _judge_need(patch: Patch, need: Need, found: Definition | None) -> None:
+def _judge_need(patch: Patch, need: Need, found: Definition | None) -> list[str]:
     if found is not None and found.kind == "unknown":
-        return
+        return [f"{need.target} cannot be read without importing it"]
     parameters = found.signature.parameters.values() if found and found.signature else ()
     named = {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
     if found is None or (need.parameter and need.parameter not in named):
@@ -474,6 +484,7 @@ def _judge_need(patch: Patch, need: Need, found: Definition | None) -> None:
             where=found.where if found else find_module(need.target.partition(":")[0]),
             nearest=", ".join(names_near(need.target)),
         )
+    return []
 
 
 def _missing(patch: Patch, owner: object = None) -> PatchError:

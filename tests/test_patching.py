@@ -736,6 +736,18 @@ def test_what_our_own_patch_adds_does_not_supersede_it():
         second.undo()
 
 
+def test_whichever_branch_fits_will_do(tmp_path, monkeypatch):
+    (tmp_path / "orchard_two.py").write_text(
+        "import sys\nif sys.platform == 'win32':\n    def f(windows): ...\nelse:\n    def f(posix): ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    needs = (has_parameter("orchard_two:f", "posix"),)
+    assert check_statically(declare("p", "orchard_two:f", signature="(posix)", needs=needs)) == []
+    with pytest.raises(PatchError) as error:
+        check_statically(declare("p", "orchard_two:f", signature="(neither)"))
+    assert error.value.facts["found"] == "(windows)"
+
+
 def test_static_check_imports_nothing():
     check_statically(declare("p", "orchard:ReexportedTree.grow", needs=(has_attribute("orchard.shed.door:open_door"),)))
     assert not [name for name in sys.modules if name.startswith("orchard")]

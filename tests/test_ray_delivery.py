@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,12 @@ import pytest
 
 pytest.importorskip("ray")
 
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_AUTH_MODE": "disabled",
+}
 
 
 def free_port() -> int:
@@ -29,6 +36,7 @@ class Cluster:
     """A Ray head of our own, stopped by its process tree."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
         self.address = f"127.0.0.1:{free_port()}"
         self.environment = {**os.environ, **LOOPBACK, **environment, "RAY_ADDRESS": self.address}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2"]
@@ -54,6 +62,7 @@ class Cluster:
             process.kill()
         self.head.wait()
         self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +83,7 @@ def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, plugin_folder: Path) -> Iterator[Cluster]:
     # Ray's sockets live below this folder, and a socket's path is short.
-    folder = Path("/tmp") / f"mp-ray-{os.getpid()}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="mp-", dir="/tmp"))
     running = Cluster(folder, {"PYTHONPATH": str(plugin_folder)})
     yield running
     running.stop()
@@ -88,8 +96,8 @@ import json, os, sys, ray
 """
 
 
-def test_actor_is_activated_before_its_module_is_imported(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "late.py").write_text(
+def test_actor_is_activated_before_its_module_is_imported(cluster: Cluster, plugin_folder: Path) -> None:
+    (plugin_folder / "late.py").write_text(
         "from miles_plugins.activation import is_active\nactive_at_import = is_active()\n"
         "class Late:\n    def state(self):\n        from miles_plugins.activation import current\n"
         "        return active_at_import, current().role, current().plugins.names, current().plugins.digest\n"
@@ -101,9 +109,7 @@ from late import Late
 actor = ray.remote(num_cpus=0)(Late).options(runtime_env={"env_vars": {"OTHER": "1"}}).remote()
 print(json.dumps([*ray.get(actor.state.remote()), activation.plugins.digest]))
 """,
-        PYTHONPATH=os.pathsep.join([str(tmp_path), cluster.environment["PYTHONPATH"]]),
     )
-
     assert result.returncode == 0, result.stderr
     active_at_import, role, names, digest, expected = json.loads(result.stdout.splitlines()[-1])
     assert active_at_import is True
@@ -119,7 +125,7 @@ from miles_plugins import attestation
 def report():
     from miles_plugins import attestation
     from miles_plugins.activation import current
-    current().role = "engine"
+    current().role = "elsewhere"
     attestation.send(current().run, [current().report()])
 ray.get(report.remote())
 print(json.dumps(ray.get(activation.registry.all.remote())))
@@ -128,7 +134,7 @@ print(json.dumps(ray.get(activation.registry.all.remote())))
     assert result.returncode == 0, result.stderr
     (report,) = json.loads(result.stdout.splitlines()[-1])
     assert report["plugins"] == {"hello_ray": "1.0"}
-    assert report["probes"] == {"hello_ray": "hello from engine"}
+    assert report["probes"] == {"hello_ray": "hello from elsewhere"}
 
 
 def test_a_users_own_setup_hook_runs_too(cluster: Cluster, plugin_folder: Path) -> None:
@@ -215,8 +221,7 @@ def test_a_node_without_the_package_ends_the_run(
         sys.meta_path.insert(0, Blocker())
         """)
     )
-    folder = Path("/tmp") / f"mp-node-{os.getpid()}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="mp-", dir="/tmp"))
     node = Cluster(folder, {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(plugin_folder)])})
     try:
         result = node.run(BEGIN + "ray.init()", PYTHONPATH=str(plugin_folder))
@@ -236,8 +241,7 @@ def test_a_node_with_other_code_ends_the_run(tmp_path: Path, plugin_folder: Path
             copy = other / file.relative_to(plugin_folder)
             copy.parent.mkdir(exist_ok=True)
             copy.write_text(file.read_text().replace("hello from", "good day from"))
-    folder = Path("/tmp") / f"mp-other-{os.getpid()}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="mp-", dir="/tmp"))
     node = Cluster(folder, {"PYTHONPATH": str(other)})
     try:
         result = node.run(BEGIN + "ray.init()", PYTHONPATH=str(plugin_folder))
@@ -267,8 +271,7 @@ class Engine:
             reached.terminate()
 from children import children_plugins
 print(json.dumps(ray.get(Engine.remote().spawn.remote())))
-""",
-        PYTHONPATH=cluster.environment["PYTHONPATH"],
+"""
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == [None, [["hello_ray"], "sglang_child"], True]

@@ -51,8 +51,15 @@ def _generate(url: str) -> dict[str, Any]:
         f"{url}/generate", json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the cluster's own traffic takes no proxy
-    with opener.open(request, timeout=300) as response:
-        answer: dict[str, Any] = json.load(response)
+    try:
+        with opener.open(request, timeout=300) as response:
+            answer: dict[str, Any] = json.load(response)
+    except OSError as error:
+        raise PluginError(
+            "the probe request for recorded routing got no answer",
+            {"asked": request.full_url, "error": str(error)},
+            "look at the log of the SGLang server, or of the router",
+        ) from error
     return answer
 
 

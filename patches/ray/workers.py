@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -79,26 +80,28 @@ def check_nodes(timeout: float = 60) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from miles_plugins.entrypoints.ray_worker import active_digest
+    from miles_plugins.entrypoints.ray_worker import Witness
 
     expected = current().plugins.digest
-    task = ray.remote(num_cpus=0, max_retries=0)(active_digest)
-    answers = {
-        node["NodeManagerAddress"]: task.options(
+    # An actor, not a task: Ray keeps the reason for which an actor's worker died, and forgets a task's.
+    witness_class = ray.remote(num_cpus=0, max_restarts=0)(Witness)
+    witnesses = {
+        node["NodeManagerAddress"]: witness_class.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote()
         for node in ray.nodes()
         if node["Alive"]
     }
-    for address, answer in answers.items():
+    for address, witness in witnesses.items():
         try:
-            digest = ray.get(answer, timeout=timeout)
+            digest = ray.get(witness.digest.remote(), timeout=timeout)
         except Exception as error:
             raise AttestationError(
                 f"the plugins cannot be activated on node {address}",
                 {"error": _root_cause(error)},
                 "install miles-plugins and the named plugins there, in the environment that Ray's workers use",
             ) from error
+        ray.kill(witness)
         if digest != expected:
             raise AttestationError(
                 f"node {address} runs another plugin set", {"driver": expected, "node": digest}, "install the same"
@@ -106,10 +109,11 @@ def check_nodes(timeout: float = 60) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The last line that says something: Ray wraps a worker's traceback in several of its own."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "Error: " in line or "Error(" in line]
-    return named[-1] if named else f"{type(error).__name__}: {lines[0] if lines else 'no answer'}"
+    """What the worker's own traceback ends with: Ray wraps it in several of its own."""
+    paragraphs = str(error).split("\n\n")
+    lines = paragraphs[0].splitlines()
+    ends = [number for number, line in enumerate(lines) if re.match(r"[\w.]+Error: ", line)]
+    return "\n".join(lines[ends[-1] :]) if ends else f"{type(error).__name__}: {error}"
 
 
 SEAMS = (
