@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -203,11 +204,11 @@ def run_environment(rehearsal: Rehearsal, run: str, ray_port: int, scratch: Path
         "RAY_ADDRESS": f"127.0.0.1:{ray_port}",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray turns 127.0.0.1 into the machine's own address
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",  # a cluster of our own, whatever ~/.ray/auth_token another one left
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "SLIME_HOST_IP": "127.0.0.1",
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "disabled",

@@ -71,13 +71,13 @@ def _run(own: argparse.Namespace, flags: list[str]) -> None:
 
 def _begin(names: list[str], script: Path, flags: list[str]) -> None:
     """Select the plugins, check every patch against the installed source, arm them."""
-    from miles_plugins.activation import activate
+    from miles_plugins.activation import RUN, activate
     from miles_plugins.compat.upstream import slime_problem
 
     if problem := slime_problem():
         raise UpstreamError("slime cannot be used", {"found": problem.found}, problem.next)
     # The command line names the plugins, also where the job's environment already does (a run inside a run).
-    activation = activate(names, "driver", environment={})
+    activation = activate(names, "driver", environment={RUN: os.environ.get(RUN, "")})
     try:
         notes = activation.check()
     except PluginError as error:

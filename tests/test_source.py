@@ -385,7 +385,7 @@ def loaded_functions(module):
 @pytest.mark.parametrize(
     "name",
     """argparse ast asyncio.base_events concurrent.futures.thread contextlib dataclasses functools json.decoder
-    logging multiprocessing.pool pathlib subprocess threading typing unittest.mock""".split(),
+    logging multiprocessing.pool subprocess tempfile threading unittest.mock""".split(),
 )
 def test_static_and_loaded_views_of_the_standard_library_agree(name):
     module = importlib.import_module(name)
