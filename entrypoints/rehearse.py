@@ -627,33 +627,41 @@ def tables(outcome: Outcome) -> Iterator[Table]:
         )
     if not outcome.processes:
         return
+    plugins = outcome.processes[0]["plugins"]  # the same everywhere, or the rehearsal failed
+    names = ", ".join(f"{name} {version}" for name, version in plugins.items())
+    evidence = [", ".join(map(str, process.get("probes", {}).values())) for process in outcome.processes]
     yield _table(
-        "Processes",
-        ["process", "pid", "plugins", "patches"],
+        f"Every process runs {names}",
+        ["process", "pid", "patches", "the plugins' evidence"],
         [
-            [
-                process_name(process),
-                str(process["pid"]),
-                ", ".join(f"{name} {version}" for name, version in process["plugins"].items()),
-                ", ".join(f"{count} {state}" for state, count in _states(process).items()) or "none",
-            ]
-            for process in outcome.processes
+            [process_name(process), str(process["pid"]), _states(process), shown]
+            for process, shown in zip(outcome.processes, evidence, strict=True)
         ],
     )
-    others: dict[tuple[str, str], list[str]] = defaultdict(list)
-    evidence: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for process in outcome.processes:
-        for patch in process["patches"]:
-            if patch["state"] != "verified":
-                others[patch["state"], patch["id"]].append(process_name(process))
-        for plugin, found in process.get("probes", {}).items():
-            evidence[plugin, str(found)].append(process_name(process))
-    if others:
-        rows = [[patch, state, ", ".join(names)] for (state, patch), names in sorted(others.items())]
+    if rows := _not_verified(outcome.processes):
         yield _table("Patches that are not verified", ["patch", "state", "in"], rows)
-    if evidence:
-        rows = [[plugin, found, ", ".join(names)] for (plugin, found), names in evidence.items()]
-        yield _table("What the plugins showed", ["plugin", "evidence", "in"], rows)
+
+
+def _states(process: Mapping[str, Any]) -> str:
+    """`armed` (the target was never imported here, so it needs no change) is left out."""
+    states = Counter(patch["state"] for patch in process["patches"])
+    return ", ".join(f"{count} {state}" for state, count in states.items() if state != "armed") or "none needed"
+
+
+def _not_verified(processes: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Patches in another state than verified; `armed` only for those that no process needed."""
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for process in processes:
+        for patch in process["patches"]:
+            names[patch["id"], patch["state"]].append(process_name(process))
+    used = {patch for patch, state in names if state == "verified"}
+    rows = {key: found for key, found in sorted(names.items()) if key[1] not in ("verified", "armed")}
+    rows |= {
+        (patch, state): ["no process imports its target"]
+        for patch, state in names
+        if state == "armed" and patch not in used
+    }
+    return [[patch, state, ", ".join(found)] for (patch, state), found in rows.items()]
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> Table:
@@ -663,10 +671,6 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *,
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
-
-
-def _states(process: Mapping[str, Any]) -> Counter[str]:
-    return Counter(patch["state"] for patch in process["patches"])
 
 
 def _number(value: float | None, form: str) -> str:

@@ -262,7 +262,9 @@ class PatchSet:
             if self in waiting:
                 waiting.remove(self)
         self._failure = None
-        self._release(self._records.values(), State.SKIPPED, "undone")
+        self._take_out(self._records.values())
+        for record in self._records.values():
+            record.state, record.detail = State.SKIPPED, "undone"
 
     def records(self) -> list[Record]:
         """What has become of each patch until now, in declared order."""
@@ -289,12 +291,13 @@ class PatchSet:
         try:
             yield
         except BaseException as error:
-            failed = [record for record in self._records.values() if record.state is State.FAILED]
+            records = self._records.values()
+            failed = [record for record in records if record.state is State.FAILED]
             culprit = failed[0].patch.id if failed else type(error).__name__
-            details = {record.patch.id: record.detail for record in failed}
-            self._release(self._records.values(), State.SKIPPED, f"undone: {culprit} failed")
-            for record in failed:
-                record.state, record.detail = State.FAILED, details[record.patch.id]
+            self._take_out(records)
+            for record in records:
+                if record.state is not State.FAILED:
+                    record.state, record.detail = State.SKIPPED, f"undone: {culprit} failed"
             self._failure = error if isinstance(error, PatchError) else PatchError(f"{self!r} was interrupted")
             raise
 
@@ -320,14 +323,12 @@ class PatchSet:
                 _verify(record.patch, site)
             record.state = State.VERIFIED
 
-    def _release(self, records: Iterable[Record], state: State, detail: str) -> None:
+    def _take_out(self, records: Iterable[Record]) -> None:
         with _lock:
             for site in _sites:
                 for record in records:
                     site.release(record.patch, self)
             _settle()
-        for record in records:
-            record.state, record.detail = state, detail
 
     def _on_import(self, module: str) -> None:
         if self._failure is not None:
@@ -338,7 +339,9 @@ class PatchSet:
     def _on_failed_import(self, module: str) -> None:
         """The module was patched and is thrown away: wait for its next import."""
         if self._failure is None:
-            self._release(self._of(module), State.ARMED, "")
+            self._take_out(self._of(module))
+            for record in self._of(module):
+                record.state, record.detail = State.ARMED, ""
 
     def _of(self, module: str) -> list[Record]:
         return [record for record in self._records.values() if record.patch.module == module]

@@ -246,9 +246,9 @@ def test_what_plugins_want_in_an_environment_never_overrides_the_users(monkeypat
 
 
 SETUP = """
-from miles_plugins.entrypoints.ray_worker import active_digest, setup
+from miles_plugins.entrypoints.ray_worker import setup
 setup()
-print(json.dumps(is_active() and [current().role, active_digest(), current().run]))
+print(json.dumps(is_active() and [current().role, current().plugins.digest, current().run]))
 """
 
 

@@ -250,12 +250,12 @@ def test_wrap_async_generator_function():
         pages = tools.pages(1)
         answers = [await anext(pages), await pages.asend("sent"), await anext(pages), await pages.athrow(KeyError())]
         await pages.aclose()
+        assert tools.closed == ["pages"]
         return answers
 
     with applied(declare("p", "orchard.tools:pages", wrap=wrap)):
         assert inspect.isasyncgenfunction(tools.pages)
         assert asyncio.run(use()) == [0, "sent", 1, "caught"]
-        assert tools.closed == ["pages"]
         tools.closed.clear()
 
 
@@ -476,6 +476,16 @@ def test_replace_function_by_nothing():
     early, tools = load("orchard.early"), load("orchard.tools")
     with applied(declare("p", "orchard.tools:cut", replace=None, fingerprints=unknown_body(tools.cut))):
         assert tools.cut is early.cut is early.chop is None
+
+
+def test_copies_of_a_replacing_constant_are_still_the_target():
+    nothing = {"replace": None, "fingerprints": unknown_body(load("orchard.tools").cut)}
+    load("orchard.early")
+    with (
+        applied(declare("p", "orchard.tools:cut", **nothing)),
+        pytest.raises(PatchError, match="q and patch p replace"),
+    ):
+        PatchSet(declare("q", "orchard.early:chop", replace=1)).apply()
 
 
 def test_replacement_of_another_sort_is_refused():
@@ -1202,15 +1212,28 @@ def test_failed_import_hook_closes_every_target(catch):
 
 
 def test_failed_import_leaves_other_sets_waiting():
-    good, bad = PatchSet(declare("good", "orchard.tools:cut")), PatchSet(declare("bad", "orchard.tools:missing"))
+    good, bad = PatchSet(declare("good", "orchard.early:chop")), PatchSet(declare("bad", "orchard.early:missing"))
     good.arm()
     bad.arm()
     with pytest.raises(PatchError):
-        load("orchard.tools")
+        load("orchard.early")
     assert states(good) == [State.ARMED]
+    assert load("orchard.tools").cut(1) == ["cut", 1, 0]  # the module that defines it is another one, and has stayed
     bad.undo()
-    assert load("orchard.tools").cut(1) == ["good", "cut", 1, 0]
+    assert load("orchard.early").chop(1) == ["good", "cut", 1, 0]
     good.undo()
+
+
+def test_failed_import_leaves_undone_sets_alone():
+    undone, bad = PatchSet(declare("undone", "orchard.tools:cut")), PatchSet(declare("bad", "orchard.tools:missing"))
+    undone.arm()
+    bad.arm()
+    undone.undo()
+    with pytest.raises(PatchError):
+        load("orchard.tools")
+    bad.undo()
+    assert states(undone) == [State.SKIPPED]
+    assert load("orchard.tools").cut(1) == ["cut", 1, 0]
 
 
 def test_apply_through_an_armed_set_names_the_culprit():

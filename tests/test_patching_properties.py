@@ -20,9 +20,9 @@ from miles_plugins.errors import PatchError
 from miles_plugins.patching import Patch, PatchSet, check_statically, source_fingerprint
 
 UPSTREAM = Path(__file__).parent / "patch_targets" / "up.py"
-TARGETS = ["up:f", "copy:g", "up:Base.m", "up:Sub.m", "up:Sub.c", "up:Base.s"]
-ORIGINALLY = {"up:f": ["f"], "copy:g": ["f"], "up:Base.m": ["m"], "up:Sub.c": ["c", "Sub"], "up:Base.s": ["s"]}
-SITES = {"copy:g": "up:f"}  # the same object
+TARGETS = ["up:f", "down:g", "up:Base.m", "up:Sub.m", "up:Sub.c", "up:Base.s"]
+ORIGINALLY = {"up:f": ["f"], "down:g": ["f"], "up:Base.m": ["m"], "up:Sub.c": ["c", "Sub"], "up:Base.s": ["s"]}
+SITES = {"down:g": "up:f"}  # the same object
 
 
 def declare(number, target, bodies):
@@ -52,14 +52,14 @@ class World:
     """A small upstream, the real patch sets, and a model of what calling each target must return."""
 
     def __init__(self, sets):
-        self.modules = {name: ModuleType(name) for name in ("up", "copy")}
+        self.modules = {name: ModuleType(name) for name in ("up", "down")}
         exec(compile(UPSTREAM.read_text(), str(UPSTREAM), "exec"), vars(self.modules["up"]))
-        self.modules["copy"].g = self.modules["up"].f
+        self.modules["down"].g = self.modules["up"].f
         sys.modules.update(self.modules)
         self.before = self.snapshot()
         up = self.modules["up"]
         bodies = {str(function): source_fingerprint(function) for function in (up.f, up.Base.m, up.Base.c, up.Base.s)}
-        sets[2] = [target for target in sets[2] if target != "copy:g"]  # no conflicts in here
+        sets[2] = [target for target in sets[2] if target != "down:g"]  # no conflicts in here
         self.sets = [
             PatchSet(*(declare(number, target, bodies) for target in targets)) for number, targets in enumerate(sets)
         ]
@@ -73,8 +73,8 @@ class World:
             del sys.modules[name]
 
     def snapshot(self):
-        up, copy = self.modules["up"], self.modules["copy"]
-        return [list(vars(owner).items()) for owner in (up, copy, up.Base, up.Sub)]
+        up, down = self.modules["up"], self.modules["down"]
+        return [list(vars(owner).items()) for owner in (up, down, up.Base, up.Sub)]
 
     def owner(self, target):
         module, _, qualname = target.partition(":")
@@ -95,8 +95,8 @@ class World:
             return words + self.expected("up:Base.m")
         return words + ORIGINALLY[target]
 
-    def apply(self, number):
-        self.sets[number].apply()
+    def apply(self, number, how="apply"):
+        getattr(self.sets[number], how)()
         if number not in self.applied:
             self.applied.add(number)
             for patch in self.sets[number]:
@@ -126,7 +126,7 @@ def test_any_history_behaves_like_the_model_and_can_be_undone(sets, steps):
     world = World(sets)
     try:
         for step, number in steps:
-            world.undo(number) if step == "undo" else world.apply(number)
+            world.undo(number) if step == "undo" else world.apply(number, step)
             assert {target: world.call(target) for target in TARGETS} == {
                 target: world.expected(target) for target in TARGETS
             }
@@ -152,7 +152,7 @@ def test_any_history_behaves_like_the_model_and_can_be_undone(sets, steps):
 )
 def test_with_someone_else_wrapping_in_between(sets, steps):
     """Someone else wraps up:f, or takes the wrapper off again while it is in front; ours must not mind."""
-    world = World([[target for target in targets if target != "copy:g"] or ["up:f"] for targets in sets])
+    world = World([[target for target in targets if target != "down:g"] or ["up:f"] for targets in sets])
     up, theirs = world.modules["up"], []
     try:
         for step, number in steps:

@@ -111,8 +111,10 @@ def train_one_step(
 
 
 def get_batch(original: Callable[..., Any], data_iterator: Any, keys: Sequence[str], *rest: Any, **kwargs: Any) -> Any:
-    hook = current().hook
     args = _args.get()
+    if args is None:  # not in a pass: somebody looks at a batch
+        return original(data_iterator, keys, *rest, **kwargs)
+    hook = current().hook
     wanted = [key for keys_of_one in hook.microbatch_keys(args=args) for key in keys_of_one]
     batch = original(data_iterator, [*keys, *(key for key in wanted if key not in keys)], *rest, **kwargs)
     microbatch = Microbatch(batch, local_tokens(args, token_positions(args, batch)))

@@ -1,0 +1,106 @@
+"""The whole real stack on the CPU: slime v0.3.1, stock Megatron-LM, SGLang, sglang-router and Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.upstream
+
+
+def rehearse(slime: Path, megatron: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "miles_plugins.entrypoints.cli", "rehearse", "--json", "--folder", str(folder)]
+    return subprocess.run(
+        [*command, "--slime", str(slime), "--megatron", str(megatron), *options],
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+
+
+def passed(result: subprocess.CompletedProcess[str], folder: Path) -> dict[str, Any]:
+    log = folder / "slime.log"
+    assert result.returncode == 0, result.stderr + (log.read_text()[-4000:] if log.exists() else "")
+    answer: dict[str, Any] = json.loads(result.stdout)
+    assert answer["passed"]
+    assert len(answer["rollouts"]) == 3
+    for row in answer["rollouts"]:
+        assert row["grad_norm"] > 0
+        assert row["logprob_difference"] < 0.01, "the engine does not run the weights that were trained"
+    return answer
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_routing_is_replayed(slime: Path, megatron: Path, tmp_path: Path) -> None:
+    answer = passed(rehearse(slime, megatron, tmp_path / "run", "--plugins", "r3"), tmp_path / "run")
+    assert [row["replay_coverage"] for row in answer["rollouts"]] == [1.0, 1.0, 1.0]
+    roles = {process["role"] for process in answer["processes"]}
+    assert roles == {
+        "driver",
+        "rollout_manager",
+        "trainer",
+        "engine",
+        "sglang_server",
+        "sglang_scheduler",
+        "sglang_detokenizer",
+    }
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_routing_is_replayed_under_tensor_and_expert_parallelism(slime: Path, megatron: Path, tmp_path: Path) -> None:
+    options = ["--plugins", "r3", "--tensor-parallel", "2", "--expert-parallel", "2", "--engines", "2"]
+    recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+    answer = passed(rehearse(slime, megatron, tmp_path / "run", *options, "--", *recompute), tmp_path / "run")
+    assert [row["replay_coverage"] for row in answer["rollouts"]] == [1.0, 1.0, 1.0]
+    assert sum(process["role"] == "trainer" for process in answer["processes"]) == 2
+    assert sum(process["role"] == "sglang_scheduler" for process in answer["processes"]) == 2
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_data_parallelism_without_replay(slime: Path, megatron: Path, tmp_path: Path) -> None:
+    result = rehearse(slime, megatron, tmp_path / "run", "--plugins", "", "--data-parallel", "2")
+    answer = passed(result, tmp_path / "run")
+    assert all(row["replay_coverage"] is None for row in answer["rollouts"])
+
+
+TORCHVISION = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+"""
+
+
+def test_without_plugins_the_help_is_train_pys_own(slime: Path, upstream_path: str, tmp_path: Path) -> None:
+    # torchvision's CUDA build does not import without a GPU, so that both commands need its operators defined.
+    (tmp_path / "sitecustomize.py").write_text(TORCHVISION)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), upstream_path]), "COLUMNS": "120"}
+    train = str(slime / "train.py")
+    plain = [sys.executable, train, "--help"]
+    ours = [sys.executable, "-m", "miles_plugins.entrypoints.slime_train", "--train-script", train, "--help"]
+    results = [subprocess.run(c, env=environment, capture_output=True, text=True, timeout=300) for c in (plain, ours)]
+    assert results[0].returncode == results[1].returncode == 0, results[0].stderr
+    assert "--rollout-batch-size" in results[0].stdout
+    assert results[0].stdout == results[1].stdout
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_a_mistyped_flag_is_refused_before_anything_starts(slime: Path, megatron: Path, tmp_path: Path) -> None:
+    result = rehearse(slime, megatron, tmp_path / "run", "--", "--rollout-temprature", "0.5")
+    assert result.returncode == 1
+    assert "did you mean --rollout-temperature?" in result.stdout
+    assert not (tmp_path / "run" / "processes.json").exists()
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_what_needs_a_gpu_is_refused_by_name(slime: Path, megatron: Path, tmp_path: Path) -> None:
+    result = rehearse(slime, megatron, tmp_path / "run", "--", "--colocate")
+    assert result.returncode == 1
+    assert "cpu_rehearsal cannot work with these arguments" in result.stdout
+    assert "--colocate" in result.stdout
