@@ -698,6 +698,7 @@ def to_json(outcome: Outcome, folder: Path) -> str:
             "passed": outcome.exit_code == 0,
             "exit_code": outcome.exit_code,
             "reasons": outcome.reasons,
+            "error": "" if outcome.exit_code == 0 else error_block(_read(folder / LOG)),
             "folder": str(folder),
             "seconds": round(outcome.seconds, 1),
             "rollouts": rows,

@@ -292,7 +292,11 @@ def _no_job(monkeypatch):
 def test_the_runtime_environment_keeps_what_the_user_put_there():
     theirs = {"env_vars": {"A": "1"}, "working_dir": "/x"}
     made = workers.with_setup_hook(theirs, OURS)
-    assert made == {"env_vars": {"A": "1", **OURS}, "working_dir": "/x", "worker_process_setup_hook": workers.SETUP_HOOK}
+    assert made == {
+        "env_vars": {"A": "1", **OURS},
+        "working_dir": "/x",
+        "worker_process_setup_hook": workers.SETUP_HOOK,
+    }
     assert theirs == {"env_vars": {"A": "1"}, "working_dir": "/x"}
 
 

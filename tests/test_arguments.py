@@ -73,7 +73,7 @@ def test_known_flags_pass(argv):
 )
 @pytest.mark.parametrize("form", ["{} 8", "{}=8", "{}"])
 def test_an_unknown_flag_is_refused_with_the_nearest(flag, nearest, form):
-    with pytest.raises(ArgumentError, match="^unknown flag: ") as caught:
+    with pytest.raises(ArgumentError, match=r"^unknown flag: ") as caught:
         refuse_unknown_flags(["--lr", "1", *form.format(flag).split()], KNOWN)
     assert caught.value.facts == {flag: f"did you mean {nearest}?"}
 
@@ -85,7 +85,7 @@ def test_an_unknown_flag_that_is_like_nothing():
 
 
 def test_all_unknown_flags_are_named_once():
-    with pytest.raises(ArgumentError, match="^unknown flags: ") as caught:
+    with pytest.raises(ArgumentError, match=r"^unknown flags: ") as caught:
         refuse_unknown_flags(["--aaa", "1", "--lr", "1", "--bbb=2", "--aaa=3"], KNOWN)
     assert list(caught.value.facts) == ["--aaa", "--bbb"]
 
@@ -103,7 +103,9 @@ FLAGS = st.sampled_from([each for each in KNOWN if each.startswith("--")])
 @given(st.lists(st.tuples(FLAGS, st.integers(3, 30), st.sampled_from([" ", "=", ""]), st.integers(-9, 9))))
 def test_what_argparse_accepts_is_accepted(words):
     """Flags, their beginnings, with a value beside, joined or absent."""
-    argv = [part for flag, cut, joint, value in words for part in f"{flag[:cut]}{joint}{value if joint else ''}".split(" ")]
+    argv = [
+        part for flag, cut, joint, value in words for part in f"{flag[:cut]}{joint}{value if joint else ''}".split(" ")
+    ]
     refuse_unknown_flags(argv, KNOWN)
 
 

@@ -204,7 +204,9 @@ def imported_by(name: str, site: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "source", ["import nothing_of_that_name", "raise ValueError('broken')", "def broken(:"], ids=["import", "run", "parse"]
+    "source",
+    ["import nothing_of_that_name", "raise ValueError('broken')", "def broken(:"],
+    ids=["import", "run", "parse"],
 )
 def test_a_plugin_that_cannot_be_imported_names_its_distribution(site, source):
     distribution(site, "broken-log", {"broken_log": "broken_log"}, "3.2", broken_log=source)
@@ -253,7 +255,9 @@ def selections(draw):
     """Some plugins without a circle of requirements, and two orders in which they could be named."""
     names = [f"p{number}" for number in range(draw(st.integers(1, 6)))]
     ranked = draw(st.permutations(names))
-    requires = {name: draw(st.sets(st.sampled_from(ranked[:rank]))) if rank else set() for rank, name in enumerate(ranked)}
+    requires = {
+        name: draw(st.sets(st.sampled_from(ranked[:rank]))) if rank else set() for rank, name in enumerate(ranked)
+    }
     return requires, draw(st.permutations(names)), draw(st.permutations(names))
 
 
@@ -288,7 +292,9 @@ print(*(plugin.name for plugin in in_order(plugins)))
     orders = set()
     for seed in "123":
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
         orders.add(done.stdout.strip())
     assert len(orders) == 1, orders
@@ -425,7 +431,8 @@ def copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "file", ["miles_plugins/r3_replay/trace.py", "patches/slime/training.py", "entrypoints/child_process/sitecustomize.py"]
+    "file",
+    ["miles_plugins/r3_replay/trace.py", "patches/slime/training.py", "entrypoints/child_process/sitecustomize.py"],
 )
 def test_the_digest_covers_all_of_our_own_source(copy, file):
     before = digest("metrics")

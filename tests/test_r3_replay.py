@@ -57,7 +57,9 @@ def routers(*chunks: torch.nn.Module) -> list[Router]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
 
 
-def recorded(layers: int, tokens: int = TOKENS, topk: int = TOPK, without: tuple[int, ...] = (), seed: int = 0) -> Recorded:
+def recorded(
+    layers: int, tokens: int = TOKENS, topk: int = TOPK, without: tuple[int, ...] = (), seed: int = 0
+) -> Recorded:
     """The routing of a microbatch, which says nothing of the tokens `without`."""
     generator = torch.Generator().manual_seed(seed)
     indices = torch.rand(layers, tokens, EXPERTS, generator=generator).topk(topk, dim=-1).indices.to(torch.uint8)
@@ -120,12 +122,13 @@ def test_the_draft_heads_router_chooses_for_itself():
     microbatch = recorded(1)
     assert select(replay, draft, microbatch) is None
     assert select(replay, main, microbatch) is not None
-    assert one_pass(replay, recorded(1)) == [TOKENS, TOKENS, pytest.approx(TOKENS, abs=TOKENS)]
+    assert one_pass(replay, recorded(1))[:2] == [TOKENS, TOKENS], "nor is it expected to replay"
 
 
 def test_a_router_of_another_model_chooses_for_itself():
-    replay = Replay([model(1)], layers=[0])
-    assert select(replay, routers(model(1))[0], recorded(1)) is None
+    chunk, other = model(1), model(1)
+    replay = Replay([chunk], layers=[0])
+    assert select(replay, routers(other)[0], recorded(1)) is None
 
 
 def test_the_routers_may_go():
@@ -197,7 +200,9 @@ def test_a_recomputation_gives_the_same_and_is_not_counted():
     forward = select(replay, router, microbatch, scores)
     counted = replay.counts()
     for _ in range(2):
-        again = replay.select(router, microbatch, True, scores, TOPK, lambda: pytest.fail("asked for the natural choice"))
+        again = replay.select(
+            router, microbatch, True, scores, TOPK, lambda: pytest.fail("asked for the natural choice")
+        )
         assert torch.equal(again[0], forward[0])
         assert torch.equal(again[1], forward[1])
     assert torch.equal(replay.counts(), counted)
@@ -207,7 +212,8 @@ def test_a_recomputation_gives_the_same_and_is_not_counted():
 
 
 def test_the_count_is_of_recorded_tokens_in_every_layer():
-    replay = Replay([model(1, 2, 3)], layers=[0, 1, 2])
+    chunk = model(1, 2, 3)
+    replay = Replay([chunk], layers=[0, 1, 2])
     replayed, expected, _ = one_pass(replay, recorded(3, without=(0, 5)), recorded(3, tokens=4))
     assert replayed == expected == 3 * (TOKENS - 2 + 4)
 
@@ -240,7 +246,8 @@ def test_different_tokens_are_counted_where_a_choice_was_recorded():
 
 
 def test_every_pass_counts_for_itself():
-    replay = Replay([model(1)], layers=[0])
+    chunk = model(1)
+    replay = Replay([chunk], layers=[0])
     first = one_pass(replay, recorded(1), recorded(1))
     second = one_pass(replay, recorded(1))
     assert first[:2] == [2 * TOKENS] * 2
@@ -259,8 +266,8 @@ def test_after_an_exception_in_a_pass_the_next_one_is_clean():
 
 
 def test_a_pass_without_microbatches_counts_nothing():
-    replay = Replay([model(1)], layers=[0])
-    assert one_pass(replay) == [0, 0, 0]
+    chunk = model(1)
+    assert one_pass(Replay([chunk], layers=[0])) == [0, 0, 0]
 
 
 # -- the plugin ------------------------------------------------------------------------------------------------------
@@ -641,7 +648,9 @@ def test_the_seams_own_probe_passes_on_megatron(megatron):
 def test_the_seams_own_probe_notices_a_routing_that_does_not_ask(megatron, monkeypatch):
     stock = megatron.router.topk_routing_with_score_function
     monkeypatch.setattr(
-        megatron.router, "topk_routing_with_score_function", lambda logits, topk, router_replay=None: stock(logits, topk)
+        megatron.router,
+        "topk_routing_with_score_function",
+        lambda logits, topk, router_replay=None: stock(logits, topk),
     )
     with pytest.raises(PluginError, match="does not follow"):
         router_seam.probe_selector()

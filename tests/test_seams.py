@@ -1,0 +1,561 @@
+"""Seams: every hook is connected, every patch is explained, and only what a plugin needs is touched."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miles_plugins import hookimpl, hookspecs
+from miles_plugins.errors import PluginError
+from miles_plugins.manager import Installed, Plugin, Plugins
+from miles_plugins.microbatch import Microbatch, current_microbatch, set_current
+from miles_plugins.patches import seam as seam_module
+from miles_plugins.patches.seam import Seam, all_seams, needed_seams, patch_set
+from miles_plugins.patches.sglang import requests
+from miles_plugins.patches.slime import engine, metrics, training
+from miles_plugins.patching import Patch, check_statically
+
+ROOT = Path(__file__).resolve().parents[1]
+UPSTREAM = {"slime": Path("~/slime").expanduser(), "megatron": Path("~/Megatron-LM").expanduser()}
+
+SEAMS = all_seams()
+PATCHES = [patch for seam in SEAMS for patch in seam.patches]
+HOOKS = {name: value for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")}
+# Called by the layer itself: by its commands, or in patches that are there whenever any plugin is (no Seam.hooks).
+OF_THE_LAYER = {
+    "default_flags",
+    "register_arguments",
+    "configure",
+    "process_environment",
+    "rollout_ready",
+    "collect_train_data",
+    "probe",
+}
+START_UP = {"driver", "worker", "trainer", "sglang_child"}
+PROCESSES = {
+    "driver",
+    "rollout_manager",
+    "engine",
+    "sglang_server",
+    "sglang_scheduler",
+    "sglang_detokenizer",
+    "trainer",
+}
+
+
+def plugins(**implementations) -> Plugins:
+    module = ModuleType("a")
+    vars(module).update({"__file__": "", **{name: hookimpl(value) for name, value in implementations.items()}})
+    return Plugins([Plugin(Installed("a", "some-plugins", "1.0", None), module)])
+
+
+def implementing(hook: str) -> Plugins:
+    """A plugin with one hook, which wants no argument."""
+    return plugins(**{hook: lambda: None})
+
+
+# -- declarations ----------------------------------------------------------------------------------------------------
+
+
+def test_there_are_seams():
+    assert len(SEAMS) >= 15
+    assert len(PATCHES) >= 30
+    assert len(HOOKS) >= 18
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+def test_a_seam_names_hooks_that_exist(seam):
+    assert set(seam.hooks) <= set(HOOKS)
+    assert seam.patches
+    assert seam.only_in <= START_UP
+
+
+def test_seams_have_different_names():
+    names = [seam.name for seam in SEAMS]
+    assert len(names) == len(set(names))
+
+
+def test_patches_have_different_ids():
+    ids = [patch.id for patch in PATCHES]
+    assert sorted({each for each in ids if ids.count(each) > 1}) == []
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.id)
+def test_a_patch_says_why_what_forces_it_and_until_when(patch):
+    assert patch.reason
+    assert patch.upstream.startswith("https://")
+    assert patch.retire_when
+    assert patch.roles <= PROCESSES
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+def test_a_patch_is_armed_where_it_is_needed(seam):
+    """A role that needs a patch must come from a start-up role in which the seam is armed."""
+    starts_as = {"driver": "driver", "rollout_manager": "worker", "engine": "worker", "trainer": "trainer"}
+    for patch in seam.patches:
+        for role in patch.roles:
+            assert seam.needed_in(starts_as.get(role, "sglang_child")), f"{patch.id} in {role}"
+
+
+def test_order_is_declared_between_patches_of_one_target_that_exist():
+    ids = {patch.id for patch in PATCHES}
+    for patch in PATCHES:
+        assert set(patch.before) | set(patch.after) <= ids, patch.id
+
+
+def test_all_modules_with_seams_are_listed():
+    found = {
+        "miles_plugins." + ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for file in (ROOT / "patches").rglob("*.py")
+        if any(
+            isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SEAMS"
+            for node in ast.parse(file.read_text()).body
+        )
+    }
+    assert found == set(seam_module.MODULES)
+
+
+# -- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_hook_is_connected():
+    connected = {hook for seam in SEAMS for hook in seam.hooks}
+    assert connected | OF_THE_LAYER == set(HOOKS)
+    assert connected & OF_THE_LAYER == set()
+
+
+def calls_of_hooks() -> Iterator[tuple[str, str, set[str]]]:
+    """Every `….hook.name(argument=…)` and `ask_each("name", argument=…)` in the layer: file, hook, argument names."""
+    for folder in ("patches", "entrypoints", "miles_plugins"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                    continue
+                owner = ast.unparse(node.func.value)
+                keywords = {keyword.arg or "**" for keyword in node.keywords}
+                if owner == "hook" or owner.endswith(".hook"):
+                    yield f"{file.name}:{node.lineno}", node.func.attr, keywords
+                elif node.func.attr == "ask_each" and isinstance(node.args[0], ast.Constant):
+                    yield f"{file.name}:{node.lineno}", node.args[0].value, keywords
+
+
+def test_every_hook_is_called_with_just_its_arguments():
+    """pluggy takes a call without an argument that only some plugins want, and fails in those."""
+    called = set()
+    for where, hook, keywords in calls_of_hooks():
+        assert hook in HOOKS, where
+        assert keywords == set(inspect.signature(HOOKS[hook]).parameters), where
+        called.add(hook)
+    missing = set(HOOKS) - called - {"register_arguments", "choose_device"}  # called by hand; a switch, never called
+    assert missing == set()
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_says_when_and_where_it_is_called(hook):
+    text = inspect.getdoc(HOOKS[hook])
+    assert text
+    assert "every process" in text or any(role in text for role in PROCESSES)
+
+
+@pytest.mark.parametrize("name", ["r3_replay", "cpu_rehearsal", "metrics_jsonl"])
+def test_the_sides_of_our_plugins_are_processes_that_report(name):
+    (plugin,) = Plugins.named([name])
+    assert set(plugin.sides) <= PROCESSES
+    assert plugin.summary.endswith(".")
+
+
+# -- only what is needed ---------------------------------------------------------------------------------------------
+
+
+ALWAYS = {seam.name for seam in SEAMS if not seam.hooks}
+
+
+def test_without_a_hook_of_a_seam_it_is_not_there():
+    assert {seam.name for seam in needed_seams(plugins())} == ALWAYS
+    assert {seam.name for seam in needed_seams(implementing("configure"))} == ALWAYS
+
+
+@pytest.mark.parametrize("hook", sorted({hook for seam in SEAMS for hook in seam.hooks}))
+def test_a_hook_brings_its_seams_and_no_others(hook):
+    found = {seam.name for seam in needed_seams(implementing(hook))}
+    assert found == ALWAYS | {seam.name for seam in SEAMS if hook in seam.hooks}
+    assert found > ALWAYS
+
+
+def ids_for(*names: str) -> set[str]:
+    return {patch.id for patch in patch_set(needed_seams(Plugins.named(names)))}
+
+
+def test_our_plugins_get_the_patches_they_act_through():
+    assert "slime.metrics.log" in ids_for("metrics")
+    assert not any(each.startswith(("megatron.", "torch.", "sglang.cpu", "slime.cpu")) for each in ids_for("metrics"))
+    assert {"megatron.router.select-experts", "megatron.recompute.checkpoint", "sglang.request.received"} <= ids_for(
+        "r3"
+    )
+    assert not any(".cpu." in each for each in ids_for("r3"))
+    assert "torch.cpu.cuda.set-device" in ids_for("cpu")
+    assert "megatron.router.select-experts" not in ids_for("cpu")
+
+
+def test_more_plugins_get_the_union_of_patches():
+    assert ids_for("r3", "cpu", "metrics") == ids_for("r3") | ids_for("cpu") | ids_for("metrics")
+
+
+def test_a_seam_confined_to_a_role_is_not_armed_elsewhere():
+    patch = Patch(id="x", target="a:b", wrap=print, reason="test")
+    everywhere, confined = Seam("e", (), (patch,)), Seam("c", (), (patch,), frozenset({"trainer"}))
+    assert [everywhere.needed_in(role) for role in ("driver", "trainer")] == [True, True]
+    assert [confined.needed_in(role) for role in ("driver", "trainer")] == [False, True]
+
+
+def test_listing_the_seams_imports_nothing_of_upstream():
+    """So it is in this process as well, unless another test has imported it; `tests/test_layout.py` looks closely."""
+    assert all(isinstance(seam, Seam) for seam in SEAMS)
+
+
+# -- against the real upstream ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def upstream(monkeypatch):
+    for name, checkout in UPSTREAM.items():
+        if not (checkout / name).is_dir():
+            pytest.skip(f"no upstream checkout at {checkout}")
+        monkeypatch.syspath_prepend(str(checkout))
+
+
+@pytest.mark.upstream
+@pytest.mark.usefixtures("upstream")
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.id)
+def test_a_patch_fits_the_installed_upstream(patch):
+    notes = check_statically(patch)
+    package = patch.target.partition(".")[0].partition(":")[0]
+    assert f"not installed here: {package}" not in notes or package not in (*UPSTREAM, "torch", "ray")
+    assert [note for note in notes if note.startswith("drifted")] == []
+
+
+@pytest.mark.upstream
+@pytest.mark.usefixtures("upstream")
+def test_the_check_notices_a_target_that_is_not_there():
+    with pytest.raises(PluginError, match="slime") as caught:
+        check_statically(Patch(id="x", target="slime.utils.arguments:parse_argss", wrap=print, reason="test"))
+    assert "slime.utils.arguments:parse_args" in str(caught.value)
+
+
+# -- what the wrappers of slime's training loop do -------------------------------------------------------------------
+
+
+@pytest.fixture
+def active(monkeypatch):
+    """A process with one made-up plugin."""
+
+    def make(**implementations) -> None:
+        chosen = plugins(**implementations)
+        for module in (training, metrics, engine, requests):
+            monkeypatch.setattr(module, "current", lambda: SimpleNamespace(hook=chosen.hook, plugins=chosen))
+
+    yield make
+    set_current(None)
+
+
+@pytest.fixture
+def passes(active):
+    """What the hooks around a pass are told."""
+    told: list[tuple] = []
+    active(
+        pass_begins=lambda stage: told.append(("begins", stage)),
+        pass_ends=lambda stage, error: told.append(("ends", stage, error)),
+        step_metrics=lambda: {"a/b": 1.0},
+    )
+    return told
+
+
+def get_values():
+    """slime tells the critic's pass by this function's name."""
+
+
+def get_log_probs():
+    """Any other."""
+
+
+@pytest.mark.parametrize(
+    ("function", "prefix", "stage"),
+    [
+        (get_log_probs, "", "log_prob"),
+        (get_log_probs, "ref_", "ref_log_prob"),
+        (get_log_probs, "teacher_", "teacher_log_prob"),
+        (get_values, "", "values"),
+    ],
+)
+def test_a_forward_pass_is_told_by_its_stage(passes, function, prefix, stage):
+    def original(f, args, model, *rest, store_prefix="", **kwargs):
+        passes.append(("runs", f, args, model, rest, store_prefix, kwargs))
+        return "result"
+
+    result = training.forward_only(original, function, "args", ["m"], "iterator", 3, store_prefix=prefix, more=1)
+    assert result == "result"
+    runs = ("runs", function, "args", ["m"], ("iterator", 3), prefix, {"more": 1})
+    assert passes == [("begins", stage), runs, ("ends", stage, None)]
+
+
+def test_a_training_step_is_a_pass_and_its_metrics_are_extended(passes):
+    def original(args, rollout_id, step_id, data_iterator, model, *rest):
+        passes.append("runs")
+        return {"loss": 0.5}, 2.0
+
+    loss, grad_norm = training.train_one_step(original, "args", 1, 2, "iterator", ["m"], "optimizer")
+    assert (loss, grad_norm) == ({"loss": 0.5, "a/b": 1.0}, 2.0)
+    assert passes == [("begins", "train"), "runs", ("ends", "train", None)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_pass_that_raises_ends_all_the_same(passes, error):
+    def original(*args, **kwargs):
+        set_current(Microbatch({}, None))
+        raise error
+
+    with pytest.raises(type(error)):
+        training.train_one_step(original, "args", 1, 2, "iterator", ["m"])
+    assert passes == [("begins", "train"), ("ends", "train", error)]
+    assert current_microbatch() is None
+    assert training._args.get() is None
+
+
+def test_after_a_pass_there_is_no_microbatch(passes):
+    training.forward_only(
+        lambda *args, **kwargs: set_current(Microbatch({}, None)), get_log_probs, "args", ["m"], store_prefix=""
+    )
+    assert current_microbatch() is None
+
+
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_the_model_is_shown_with_its_role(active, role):
+    shown = []
+    active(model_built=lambda args, model, role: shown.append((args, model, role)))
+
+    def setup_model_and_optimizer(args, role):
+        return training.get_model(lambda provider: ["chunk"], "provider")
+
+    assert training.remember_role(setup_model_and_optimizer, "args", role) == ["chunk"]
+    assert training.get_model(lambda: ["another"]) == ["another"], "a model that slime does not build is not shown"
+    assert shown == [("args", ["chunk"], role)]
+
+
+@pytest.mark.parametrize("answer", [True, None, False])
+def test_slimes_own_queues_are_filled_unless_a_plugin_takes_the_routing(active, answer):
+    active(take_routed_experts=lambda rollout_data: answer)
+    result = training.fill_routing_replay(lambda *args: args, SimpleNamespace(args="args"), "iterator", [1], {"a": 1})
+    assert (result is None) is (answer is True)
+
+
+def test_engine_arguments_are_changed_in_place(active):
+    active(engine_arguments=lambda server_args: server_args.update(dtype="float32"))
+    original = lambda args, rank: ({"port": rank}, ["checked"])  # noqa: E731
+    assert engine.compute_server_args(original, "args", 3) == ({"port": 3, "dtype": "float32"}, ["checked"])
+
+
+def test_a_request_is_changed_before_sglang_sees_it(active):
+    active(receive_engine_request=lambda server_args, request: request.append(server_args))
+    server = SimpleNamespace(server_args="server args")
+    assert requests.generate_request(lambda self, obj, *rest: (obj, rest), server, [], "raw") == (
+        ["server args"],
+        ("raw",),
+    )
+
+
+def test_metrics_are_shown_as_they_are_logged(active):
+    shown = []
+    active(metrics_logged=lambda args, metrics, step_key: shown.append((args, metrics, step_key)))
+    assert metrics.log(lambda *args: "logged", "args", {"a": 1}, "train/step") == "logged"
+    assert shown == [("args", {"a": 1}, "train/step")]
+
+
+# -- where tokens come from ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def layout():
+    """slime's layout on a rank of our choice, without slime and Megatron: two chunks of a sample a rank, zigzag."""
+    torch = pytest.importorskip("torch")
+    patch = pytest.MonkeyPatch()
+    state = SimpleNamespace(cp=1, cp_rank=0, tp=1, tp_rank=0)
+
+    def slice_with_cp(tokens, pad):
+        if state.cp == 1:
+            return tokens
+        size = -(-len(tokens) // (2 * state.cp))
+        padded = torch.nn.functional.pad(tokens, (0, 2 * state.cp * size - len(tokens)), value=pad)
+        at = [state.cp_rank, 2 * state.cp - state.cp_rank - 1]
+        return torch.cat([padded[size * each : size * (each + 1)] for each in at])
+
+    core, utils = ModuleType("megatron.core"), ModuleType("slime.backends.megatron_utils.cp_utils")
+    core.mpu = SimpleNamespace(
+        get_context_parallel_world_size=lambda: state.cp,
+        get_context_parallel_rank=lambda: state.cp_rank,
+        get_tensor_model_parallel_world_size=lambda: state.tp,
+        get_tensor_model_parallel_rank=lambda: state.tp_rank,
+    )
+    utils.slice_with_cp = slice_with_cp
+    for name in ("megatron", "slime", "slime.backends", "slime.backends.megatron_utils"):
+        patch.setitem(sys.modules, name, ModuleType(name))
+    patch.setitem(sys.modules, "megatron.core", core)
+    patch.setitem(sys.modules, "slime.backends.megatron_utils.cp_utils", utils)
+    state.slice_with_cp, state.torch = slice_with_cp, torch
+    yield state
+    patch.undo()
+
+
+def slime_batch(layout, samples, multiplier: int, allgather: bool):
+    """A microbatch as slime's get_batch packs it, with token 0 for padding."""
+    torch = layout.torch
+    multiple = layout.tp * multiplier
+    if allgather:
+        whole = torch.cat(samples)
+        whole = torch.nn.functional.pad(whole, (0, -len(whole) % (multiple * layout.cp)), value=0)
+        tokens = whole.chunk(layout.cp)[layout.cp_rank]
+    else:
+        tokens = torch.cat([layout.slice_with_cp(sample, 0) for sample in samples])
+        tokens = torch.nn.functional.pad(tokens, (0, -len(tokens) % multiple), value=0)
+    return {"unconcat_tokens": samples, "tokens": tokens[None]}
+
+
+def arguments(multiplier: int, allgather: bool, sequence_parallel: bool = False):
+    return SimpleNamespace(
+        data_pad_size_multiplier=multiplier, allgather_cp=allgather, sequence_parallel=sequence_parallel
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    cp=st.sampled_from([1, 2, 4]),
+    tp=st.sampled_from([1, 2]),
+    multiplier=st.sampled_from([1, 4]),
+    allgather=st.booleans(),
+)
+def test_positions_of_all_ranks_together_are_every_token_once(layout, lengths, cp, tp, multiplier, allgather):
+    torch = layout.torch
+    samples = list(torch.arange(1, sum(lengths) + 1).split(lengths))
+    stream = torch.cat(samples)
+    args = arguments(multiplier, allgather, sequence_parallel=True)
+    seen = []
+    for layout.cp_rank in range(cp):
+        layout.cp, layout.tp = cp, tp
+        batch = slime_batch(layout, samples, multiplier, allgather)
+        positions = training.token_positions(args, batch)
+        assert positions.shape == batch["tokens"].shape[1:]
+        real = positions >= 0
+        assert torch.equal(stream[positions[real]], batch["tokens"][0][real])
+        assert (batch["tokens"][0][~real] == 0).all()
+        parts = []
+        for layout.tp_rank in range(tp):
+            parts.append(training.local_tokens(args, positions))
+        assert torch.equal(torch.cat(parts), positions), "the slices of the tensor-parallel ranks make up the whole"
+        assert len({len(part) for part in parts}) == 1
+        seen += positions[real].tolist()
+    assert sorted(seen) == list(range(sum(lengths)))
+
+
+@pytest.fixture(scope="module")
+def slimes_own(layout):
+    """slime's real `get_batch`, taken out of its file: importing it would take Ray and a GPU."""
+    folder = UPSTREAM["slime"] / "slime" / "backends" / "megatron_utils"
+    if not folder.is_dir():
+        pytest.skip(f"no upstream checkout at {UPSTREAM['slime']}")
+    torch = layout.torch
+    namespace = {
+        "torch": torch,
+        "F": torch.nn.functional,
+        "mpu": sys.modules["megatron.core"].mpu,
+        "Callable": Callable,
+    }
+    namespace |= {"PackedSeqParams": SimpleNamespace}
+    for file, name in (("cp_utils.py", "slice_with_cp"), ("data.py", "get_batch")):
+        tree = ast.parse((folder / file).read_text())
+        tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        exec(compile(tree, file, "exec", flags=annotations.compiler_flag), namespace)
+    return SimpleNamespace(**namespace)
+
+
+@pytest.mark.upstream
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    cp=st.sampled_from([1, 2, 4]),
+    tp=st.sampled_from([1, 2]),
+    multiplier=st.sampled_from([1, 4]),
+    allgather=st.booleans(),
+)
+def test_positions_follow_slimes_own_layout(layout, slimes_own, lengths, cp, tp, multiplier, allgather):
+    torch = layout.torch
+    samples = list(torch.arange(1, sum(lengths) + 1).split(lengths))
+    one_each = {"loss_masks": [torch.ones(1) for _ in samples], "total_lengths": lengths}
+    one_each |= {"response_lengths": [1] * len(samples)}
+    iterator = SimpleNamespace(get_next=lambda keys: {"tokens": samples, **one_each})
+    layout.cp, layout.tp, layout.tp_rank = cp, tp, 0
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cuda", lambda self: self)
+        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+        for layout.cp_rank in range(cp):
+            batch = slimes_own.get_batch(iterator, ["tokens"], multiplier, allgather)
+            positions = training.token_positions(arguments(multiplier, allgather), batch)
+            tokens = batch["tokens"][0]
+            assert torch.equal(torch.where(positions >= 0, positions + 1, 0), tokens)
+            seen += positions[positions >= 0].tolist()
+    assert sorted(seen) == list(range(sum(lengths)))
+
+
+def test_without_sequence_parallelism_every_rank_has_all_tokens(layout):
+    layout.tp, layout.tp_rank = 2, 1
+    positions = layout.torch.arange(4)
+    assert training.local_tokens(arguments(1, False), positions) is positions
+
+
+@pytest.mark.parametrize("change", ["order", "shift", "length"])
+def test_a_layout_that_is_not_ours_is_refused(layout, change):
+    layout.cp, layout.cp_rank, layout.tp = 1, 0, 1
+    samples = list(layout.torch.arange(1, 8).split([3, 4]))
+    batch = slime_batch(layout, samples, 4, False)
+    tokens = batch["tokens"][0]
+    if change == "length":
+        batch["tokens"] = tokens[None, :-1]
+    else:
+        batch["tokens"] = (tokens.flip(0) if change == "order" else tokens.roll(1))[None]
+    with pytest.raises(PluginError, match="lays out a microbatch in a way"):
+        training.token_positions(arguments(4, False), batch)
+
+
+def test_a_microbatch_begins_with_the_fields_that_plugins_want(layout, active):
+    layout.cp, layout.cp_rank, layout.tp, layout.tp_rank = 1, 0, 1, 0
+    samples = [layout.torch.arange(1, 5)]
+    asked, begun = [], []
+
+    def original(iterator, keys, *rest):
+        asked.append((keys, rest))
+        return slime_batch(layout, samples, 1, False)
+
+    active(
+        microbatch_keys=lambda args: ["tokens", "rollout_routed_experts"],
+        microbatch_begins=lambda args, microbatch: begun.append((args, microbatch, current_microbatch())),
+    )
+    args = arguments(1, False)
+    token = training._args.set(args)
+    try:
+        batch = training.get_batch(original, "iterator", ["tokens", "rewards"], 4)
+    finally:
+        training._args.reset(token)
+    assert asked == [(["tokens", "rewards", "rollout_routed_experts"], (4,))]
+    ((told_args, microbatch, current),) = begun
+    assert told_args is args
+    assert microbatch is current
+    assert microbatch.batch is batch
+    assert microbatch.positions.tolist() == [0, 1, 2, 3]
