@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
@@ -337,7 +338,9 @@ def _read_module(name: str) -> _Module | None:
 
 @functools.lru_cache(maxsize=256)
 def _parse(path: Path, modified: int, size: int) -> ast.Module:
-    return ast.parse(path.read_bytes(), filename=str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # upstream's own syntax warnings are not for our reader
+        return ast.parse(path.read_bytes(), filename=str(path))
 
 
 # -- definitions -----------------------------------------------------------------------------------------------------

@@ -488,6 +488,10 @@ def error_block(log: str, lines: int = 30) -> str:
     return "\n".join(text[-lines:])
 
 
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+
+
 def tail(file: Path, lines: int = 30) -> str:
     """The last lines of a log."""
     return "\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
@@ -930,4 +934,4 @@ def _explain(outcome: Outcome, log: Path) -> None:
     for reason in outcome.reasons:
         click.echo("  - " + reason.replace("\n", "\n    "), err=True)
     if log.exists():
-        click.echo(f"\n{error_block(log.read_text(encoding='utf-8', errors='replace'))}\n\nlog: {log}", err=True)
+        click.echo(f"\n{error_block(_read(log))}\n\nlog: {log}", err=True)

@@ -36,6 +36,7 @@ from miles_plugins.compat.source import (
     Definition,
     compare_signatures,
     describe,
+    find_definition,
     find_definitions,
     find_module,
     has_package,
@@ -126,6 +127,8 @@ class Patch:
         after: Ids of patches of the same target that this one is inside of. Without before and after, the smaller id
             is outside; a replacement is inside of everything.
         superseded_when: Given the loaded module, says why upstream needs no patch any more, or returns None.
+        inherited: Whether the target may be one that its class only inherits. Otherwise a definition that upstream
+            moved to a base class is refused: what it does there may serve others too.
         upstream: Link to what forces the patch.
         retire_when: When it can be deleted.
         probe: Raises when the patch does not really act; runs after it has been applied.
@@ -148,6 +151,7 @@ class Patch:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     superseded_when: Callable[[ModuleType], str | None] | None = None
+    inherited: bool = False
     upstream: str = ""
     retire_when: str = ""
     probe: Callable[[], None] | None = None
@@ -402,6 +406,8 @@ def check_statically(patch: Patch) -> list[str]:
     elif not found:
         raise _missing(patch)
     else:
+        if not patch.inherited and (ancestor := _static_ancestor(patch, found[0])):
+            raise _only_inherited(patch, ancestor)
         notes += _first_that_fits(lambda definition: _judge(patch, definition), found)
     for need in patch.needs:
         if has_package(package := _package(need.target)):
@@ -410,6 +416,32 @@ def check_statically(patch: Patch) -> list[str]:
         else:
             notes.append(f"not installed here: {package}")
     return notes
+
+
+def _static_ancestor(patch: Patch, found: Definition) -> str | None:
+    """The class that defines the target for the one that is named; None when that one does."""
+    if "." not in patch.qualname or found.kind == "unknown":
+        return None
+    named = find_definition(patch.target.rpartition(".")[0])
+    defining = found.target.rpartition(".")[0]
+    return None if named is None or named.target == defining else defining
+
+
+def _written_class(owner: type) -> type:
+    """The class as upstream wrote it: Ray derives one of its own from an actor class."""
+    written: type = getattr(owner, "__ray_actor_class__", owner)
+    return written
+
+
+def _only_inherited(patch: Patch, ancestor: str) -> PatchError:
+    return _misfit(
+        patch,
+        "does not fit: its target is only inherited",
+        expected=f"{patch.qualname} in a class body of its own",
+        found=f"inherited from {ancestor}",
+        where=find_module(patch.module),
+        next="find where upstream moved it; if the base class is meant, target it there",
+    )
 
 
 def _first_that_fits(judge: Callable[[Any], list[str]], definitions: Sequence[Definition | None]) -> list[str]:
@@ -618,6 +650,10 @@ def _enter(record: Record, holder: PatchSet) -> _Site:
             raise _already_there(patch, getattr(sys.modules[patch.module], "__file__", None))
     elif site.kind == "absent":
         raise _missing(patch, owner)
+    elif isinstance(owner, type) and not patch.inherited and name not in vars(_written_class(owner)):
+        raise _only_inherited(
+            patch, next(ancestor.__qualname__ for ancestor in owner.__mro__ if name in vars(ancestor))
+        )
     _check_company(patch, site, [other for underneath in stack for other in underneath.patches])
     if patch.kind != "add":
         record.detail = _joined(*_judge(patch, describe(patch.target, site.kind, site.original)))

@@ -145,10 +145,13 @@ def test_a_broken_sitecustomize_of_the_users_own_does_not_keep_the_plugins_out(p
     assert answer["code"] == 78 or answer["said"]["active"]
 
 
-def test_our_folder_may_be_on_the_path_twice(programs):
-    path = os.pathsep.join([str(CHILD_PROCESS_FOLDER), f"{CHILD_PROCESS_FOLDER}/.", str(ROOT), str(programs / "user")])
+def test_our_folder_may_be_on_the_path_under_two_names(programs):
+    """Through the link in the package, too: it must not take itself for the user's."""
+    folders = [ROOT / "miles_plugins" / "entrypoints" / "child_process", CHILD_PROCESS_FOLDER, ROOT, programs / "user"]
     (programs / "user" / "sitecustomize.py").write_text("import sys; sys.of_the_user = 'once'")
-    assert said(run(programs, "spawn", PYTHONPATH=path, **ON))["said"]["user"] == "once"
+    answer = said(run(programs, "spawn", PYTHONPATH=os.pathsep.join(map(str, folders)), **ON))["said"]
+    assert answer["user"] == "once"
+    assert answer["active"]
 
 
 def test_a_child_of_an_isolated_interpreter_is_not_reached(programs):

@@ -20,7 +20,7 @@ from miles_plugins.patches.slime import cpu as slime_cpu
 from miles_plugins.patches.slime.cpu import transformer_engine_name
 from miles_plugins.patches.torch import cpu as torch_cpu
 from miles_plugins.patches.torch.cpu import device_mode, on_cpu
-from miles_plugins.patching import Patch, PatchSet
+from miles_plugins.patching import PatchSet, State
 
 torch = pytest.importorskip("torch")
 
@@ -279,11 +279,14 @@ def test_tensor_type_names_are_cudas():
     assert torch_cpu.cuda_type_names(type_of, tensor, "torch.HalfTensor").dtype == torch.float16
 
 
+TORCH_PATCHES = [
+    patch for seam in torch_cpu.SEAMS for patch in seam.patches if patch.target.partition(":")[0].startswith("torch")
+]
+
+
 def test_tensor_type_names_are_not_prefixed_twice():
     """Under a function mode torch looks the method up again and gets the patched one."""
-    patches = PatchSet(
-        Patch(id="t", target="torch:Tensor.type", wrap=torch_cpu.cuda_type_names, reason="test"), name="test"
-    )
+    patches = PatchSet(*(patch for patch in TORCH_PATCHES if patch.id == "torch.cpu.tensor-type"), name="test")
     patches.apply()
     try:
         with device_mode():
@@ -292,6 +295,28 @@ def test_tensor_type_names_are_not_prefixed_twice():
     finally:
         patches.undo()
     assert torch.ones(2).type() == "torch.FloatTensor"
+
+
+def test_every_patch_of_torch_applies_and_comes_off_again(monkeypatch):
+    ours = torch_cpu.Stream, torch_cpu.Event
+    for name in ("Stream", "Event"):  # whatever undo does to them, the other tests find them again
+        monkeypatch.setattr(torch_cpu, name, getattr(torch_cpu, name))
+    patches = PatchSet(*TORCH_PATCHES, name="test")
+    before = torch.cuda.set_device, torch.cuda.Stream, torch.Tensor.cuda, torch.distributed.new_group
+    patches.apply()
+    try:
+        assert {record.state for record in patches.records()} == {State.VERIFIED}
+        torch.cuda.set_device(3)
+        assert torch.ones(2).cuda().pin_memory().device.type == "cpu"
+        assert torch.nn.Linear(2, 2).cuda().weight.device.type == "cpu"
+        assert torch.cuda.current_device() == torch.device("cpu")
+        assert not torch.cuda.is_available(), "whoever asks first keeps its own CPU path"
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().synchronize()
+    finally:
+        patches.undo()
+    assert before == (torch.cuda.set_device, torch.cuda.Stream, torch.Tensor.cuda, torch.distributed.new_group)
+    assert ours == (torch_cpu.Stream, torch_cpu.Event), "undo takes upstream's names back, not our own module's"
 
 
 def test_the_answers_for_cuda_can_all_be_given():

@@ -327,6 +327,20 @@ def test_ask_each_says_who_answered_and_gives_each_only_what_it_wants():
     assert list(plugins.ask_each("probe", role="trainer")) == [("a", None), ("b", "works as trainer")]
 
 
+def test_a_wrapper_is_not_taken_for_an_answer():
+    """pluggy's wrappers are generators around the others' answers, and no answers themselves."""
+
+    @hookimpl(wrapper=True)
+    def probe(role):
+        return (yield)
+
+    try:
+        answers = list(Plugins([plugin("a", probe=probe)]).ask_each("probe", role="trainer"))
+    except PluginError:
+        return  # refusing it is as good
+    assert [answer for _, answer in answers if answer is not None] == []
+
+
 @pytest.mark.parametrize(("name", "nearest"), [("pass_begin", "pass_begins"), ("model_buildt", "model_built")])
 def test_an_unknown_hook_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(PluginError) as caught:

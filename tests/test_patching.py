@@ -49,7 +49,7 @@ def load(name: str) -> ModuleType:
 def declare(patch_id: str, target: str, **how) -> Patch:
     if not how.keys() & {"wrap", "replace", "replace_with", "add"}:
         how["wrap"] = marker(patch_id)
-    return Patch(id=patch_id, target=target, reason="test", **how)
+    return Patch(id=patch_id, target=target, reason="test", **{"inherited": True, **how})
 
 
 def marker(name):
@@ -303,9 +303,19 @@ def test_wrap_builtin_function():
 # -- inheritance and descriptors -------------------------------------------------------------------------------------
 
 
+def test_an_inherited_target_is_refused_unless_it_is_meant():
+    load("orchard.trees")
+    patch = declare("p", "orchard.trees:Tree.grow", inherited=False)
+    for check in (PatchSet(patch).apply, lambda: check_statically(patch)):
+        with pytest.raises(PatchError, match="only inherited") as caught:
+            check()
+        assert "Plant" in caught.value.facts["found"]
+    assert check_statically(declare("p", "orchard.trees:Plant.grow", inherited=False)) == []
+
+
 def test_wrap_inherited_method_on_the_subclass_only():
     trees = load("orchard.trees")
-    with applied(declare("p", "orchard.trees:Tree.grow")):
+    with applied(declare("p", "orchard.trees:Tree.grow", inherited=True)):
         assert trees.Tree("oak").grow() == ["p", "Plant.grow", "oak", 1]
         assert trees.Plant("oak").grow() == ["Plant.grow", "oak", 1]
         assert trees.Graft("oak").grow() == ["p", "Bush", "Plant.grow", "oak", 1]  # as an override would
@@ -317,7 +327,9 @@ def test_wrap_inherited_method_on_the_subclass_only():
 @pytest.mark.parametrize("name", ["seed", "price", "fruits", "water"])
 def test_wrap_inherited_methods_of_every_sort(name):
     trees = load("orchard.trees")
-    with applied(declare("p", f"orchard.trees:Tree.{name}", wrap=lambda original, *args: original(*args[:-1], 2))):
+    with applied(
+        declare("p", f"orchard.trees:Tree.{name}", wrap=lambda original, *args: original(*args[:-1], 2), inherited=True)
+    ):
         result = getattr(trees.Tree("oak"), name)(1)
         result = asyncio.run(result) if name == "water" else list(result)
         assert result[-1] == (1 if name == "fruits" else 2)
@@ -327,7 +339,7 @@ def test_wrap_inherited_methods_of_every_sort(name):
 def test_patches_of_base_and_subclass_add_up(base_first):
     trees = load("orchard.trees")
     base = PatchSet(declare("base", "orchard.trees:Plant.grow"))
-    sub = PatchSet(declare("sub", "orchard.trees:Tree.grow"))
+    sub = PatchSet(declare("sub", "orchard.trees:Tree.grow", inherited=True))
     for patches in (base, sub) if base_first else (sub, base):
         patches.apply()
     assert trees.Tree("oak").grow() == ["sub", "base", "Plant.grow", "oak", 1]

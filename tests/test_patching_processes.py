@@ -41,7 +41,7 @@ def load(name):
 
 
 def patch(target, wrap=None):
-    return Patch(id=target, target=target, wrap=wrap or load("gardener").mark, reason="test")
+    return Patch(id=target, target=target, wrap=wrap or load("gardener").mark, reason="test", inherited=True)
 
 
 def run(script, *arguments, data=b"", timeout=60):
@@ -79,7 +79,9 @@ value = pickle.loads(sys.stdin.buffer.read())
 )
 def test_functions_and_unbound_methods_are_pickled_by_reference(target, dumps):
     module, _, qualname = target.partition(":")
-    patches = PatchSet(patch(target), Patch(id="second", target=target, wrap=load("gardener").mark, reason="test"))
+    patches = PatchSet(
+        patch(target), Patch(id="second", target=target, wrap=load("gardener").mark, reason="test", inherited=True)
+    )
     patches.apply()
     function = load(module)
     for name in qualname.split("."):
@@ -272,7 +274,7 @@ def test_imports_in_two_threads_do_not_lock_each_other_out(tmp_path):
         from miles_plugins.patching import Patch, PatchSet, has_attribute
         gardener.arm("slow:f")
         needs = (has_attribute("slow:f"),)
-        needy = PatchSet(Patch(id="g", target="quick:g", wrap=gardener.mark, reason="", needs=needs))
+        needy = PatchSet(Patch(id="g", target="quick:g", wrap=gardener.mark, reason="", inherited=True, needs=needs))
         thread = threading.Thread(target=lambda: __import__("slow"))
         thread.start()
         time.sleep(0.1)

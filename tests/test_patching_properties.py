@@ -28,9 +28,9 @@ SITES = {"down:g": "up:f"}  # the same object
 def declare(number, target, bodies):
     """The patch of one target in set `number`. The last set replaces; its ids sort last, as a replacement acts last."""
     if number < 2:
-        return Patch(id=f"{number}{target}", target=target, reason="", wrap=marker(f"{number}{target}"))
+        return Patch(id=f"{number}{target}", target=target, reason="", inherited=True, wrap=marker(f"{number}{target}"))
     name = f"~{target}"
-    return Patch(id=name, target=target, reason="", replace=lambda *_: [name], fingerprints=bodies)
+    return Patch(id=name, target=target, reason="", inherited=True, replace=lambda *_: [name], fingerprints=bodies)
 
 
 def marker(name):
@@ -250,7 +250,7 @@ def test_static_and_loaded_checks_agree(folder, upstream, recorded, same, body, 
         function = "class K:\n" + textwrap.indent(("@staticmethod\n" if how == "static" else "") + function, "    ")
     name = write(folder, function)
     target = f"{name}:{qualname}"
-    patch = Patch(id=target, target=target, reason="", wrap=marker("w"), signature=recorded)
+    patch = Patch(id=target, target=target, reason="", inherited=True, wrap=marker("w"), signature=recorded)
     try:
         notes = check_statically(patch)
     except PatchError as error:

@@ -515,7 +515,16 @@ def child_of(rehearsal: Rehearsal) -> int:
 def test_a_good_rehearsal_prints_its_tables(rehearsal: Rehearsal, capsys: pytest.CaptureFixture[str]) -> None:
     assert present(rehearsal, command=fake_slime("good"), upstream=False) == 0
     output, errors = capsys.readouterr()
-    for part in ["Rollouts", "100 %", "25.000 %", "0.000500", "2.100", "Every process runs", "trainer 0", "sglang_scheduler"]:
+    for part in [
+        "Rollouts",
+        "100 %",
+        "25.000 %",
+        "0.000500",
+        "2.100",
+        "Every process runs",
+        "trainer 0",
+        "sglang_scheduler",
+    ]:
         assert part in output
     assert "1 verified" in output
     assert "no process imports its target" in output
