@@ -70,11 +70,6 @@ def process_environment(role: str) -> Mapping[str, str]:  # type: ignore[empty-b
 
 
 @hookspec
-def engine_arguments(args: Namespace, server_args: dict[str, Any]) -> None:
-    """An SGLang server is about to be launched (engine): change the `ServerArgs` fields in place."""
-
-
-@hookspec
 def receive_engine_request(server_args: Any, request: Any) -> None:
     """One `/generate` request reached the SGLang server (sglang_server), before it is tokenized.
 
@@ -109,19 +104,12 @@ def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
     """
 
 
-@hookspec
-def receive_train_data(args: Namespace, rollout_data: dict[str, Any]) -> None:
-    """The trainer holds its shard of a rollout (trainer): one value a local sample in most fields.
-
-    `rollout_data["micro_batch_indices"]` is the schedule: the local sample indices of each microbatch.
-    """
-
-
 @hookspec(firstresult=True)
 def take_routed_experts(args: Namespace, rollout_data: dict[str, Any]) -> bool | None:
     """slime is about to queue the recorded routing for replay (trainer).
 
-    Return True to replay it from `rollout_data` yourself; slime's own queues then stay empty.
+    `rollout_data` is the trainer's shard of the rollout: one value a local sample in most fields. Return True to replay
+    it yourself; slime's own queues then stay empty.
     """
 
 

@@ -15,7 +15,6 @@ MODULES = (
     "miles_plugins.patches.slime.arguments",
     "miles_plugins.patches.slime.processes",
     "miles_plugins.patches.slime.rollout_manager",
-    "miles_plugins.patches.slime.engine",
     "miles_plugins.patches.slime.training",
     "miles_plugins.patches.slime.metrics",
     "miles_plugins.patches.megatron.router",

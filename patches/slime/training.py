@@ -45,12 +45,6 @@ def get_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 # -- the data --------------------------------------------------------------------------------------------------------
 
 
-def receive_rollout_data(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    rollout_data = original(self, *args, **kwargs)
-    current().hook.receive_train_data(args=self.args, rollout_data=rollout_data)
-    return rollout_data
-
-
 def fill_routing_replay(
     original: Callable[..., Any], self: Any, data_iterator: Any, num_microbatches: Any, rollout_data: Any
 ) -> Any:
@@ -199,21 +193,6 @@ SEAMS = (
                 reason="slime has no hook between the model and its optimizer",
                 upstream="https://github.com/NVIDIA/Megatron-LM (megatron/training/training.py)",
                 retire_when="slime has a hook after building the model",
-            ),
-        ),
-    ),
-    Seam(
-        name="training data",
-        hooks=("receive_train_data",),
-        patches=(
-            Patch(
-                id="slime.trainer.rollout-data",
-                target="slime.backends.megatron_utils.actor:MegatronTrainRayActor._get_rollout_data",
-                wrap=receive_rollout_data,
-                roles=_TRAINER,
-                reason="--rollout-data-postprocess-path runs after the log-prob pass, too late for its data",
-                upstream=f"{SLIME}/actor.py",
-                retire_when="slime has a hook before the log-prob pass",
             ),
         ),
     ),
