@@ -45,6 +45,8 @@ def slime_problem() -> SlimeProblem | None:
             "no package named slime can be imported",
             "clone https://github.com/THUDM/slime and `pip install -e . --no-deps` there, or put it on PYTHONPATH",
         )
+    if not (package / "__init__.py").is_file() and (package / "slime" / "utils" / "arguments.py").is_file():
+        return SlimeProblem(f"{package} is a folder around slime, not slime", f"put {package} itself on PYTHONPATH")
     if not (package / "utils" / "arguments.py").is_file():
         return SlimeProblem(
             f"{package} is not THUDM's slime (it has no utils/arguments.py); PyPI's `slime` is another project",

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import runpy
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
-from miles_plugins.errors import PluginError, UpstreamError
+from miles_plugins.errors import ArgumentError, PluginError, UpstreamError
 
 USAGE = """usage: slime-train [--plugins NAME[,NAME…]] [--train-script PATH] <slime flags>
 
@@ -52,7 +52,11 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _run(own: argparse.Namespace, flags: list[str]) -> None:
     from miles_plugins.compat.upstream import find_train_script, slime_problem
 
-    names = [name for value in own.plugins for name in value.split(",") if name.strip()]
+    names = [name.strip() for value in own.plugins for name in value.split(",")]
+    if "" in names:
+        raise ArgumentError(
+            "--plugins names no plugin", {"found": own.plugins}, "name one, or leave --plugins out to train without"
+        )
     script = find_train_script(own.train_script)
     if script is None:
         problem = None if own.train_script else slime_problem()
@@ -61,12 +65,21 @@ def _run(own: argparse.Namespace, flags: list[str]) -> None:
             {"found": problem.found if problem else None},
             problem.next if problem else "give slime's train.py with --train-script, or set SLIME_HOME",
         )
-    # As `python train.py` has it: the script's folder first, and the script as argv[0].
-    sys.path[0] = str(script.parent)
-    sys.argv = [str(script), *flags]
+    # As `python train.py` has it: the script's folder first (not with -P), and the script as argv[0].
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = str(script.resolve().parent)
+    sys.argv = [own.train_script or str(script), *flags]
     if names:
         _begin(names, script, flags)
-    runpy.run_path(str(script), run_name="__main__")
+    run_as_main(script.absolute())
+
+
+def run_as_main(script: Path) -> None:
+    """Run a script as Python runs it; runpy would put its own idea of the path into `sys.argv[0]`."""
+    module = types.ModuleType("__main__")
+    module.__file__ = str(script)
+    sys.modules["__main__"] = module
+    exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)
 
 
 def _begin(names: list[str], script: Path, flags: list[str]) -> None:
@@ -111,7 +124,8 @@ def plugin_error(error: BaseException) -> PluginError | None:
         cause = getattr(link, "cause", None)
         if isinstance(link, PluginError) and not isinstance(cause, BaseException):
             return link
-        chain += [cause if isinstance(cause, BaseException) else None, link.__cause__, link.__context__]
+        chain += [cause if isinstance(cause, BaseException) else None, link.__cause__]
+        chain += [] if link.__suppress_context__ else [link.__context__]
     return _quoted_error(str(error))
 
 

@@ -69,9 +69,7 @@ class Activation:
 
     def run_probes(self) -> None:
         """Ask every plugin to show that it works in this process."""
-        for name, evidence in self.plugins.ask_each("probe", role=self.role):
-            if evidence is not None:
-                self.probes[name] = evidence
+        self.probes.update(self.plugins.ask_each("probe", role=self.role))
 
     def report(self) -> dict[str, Any]:
         """What this process says of itself; plain data.
@@ -150,7 +148,11 @@ def activate(names: Sequence[str], role: str, environment: Mapping[str, str] = o
             "install the same versions of miles-plugins and of every plugin on every node",
         )
     _current = Activation(plugins, role, environment.get(RUN) or uuid.uuid4().hex[:12])
-    _current.patches.arm()
+    try:
+        _current.patches.arm()
+    except BaseException:
+        _current = None
+        raise
     return _current
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,6 +78,7 @@ class Plugin:
         return (inspect.getdoc(self.module) or "").partition("\n")[0]
 
     def implements(self, hook: str) -> bool:
+        """Whether it has an implementation of the hook."""
         return any(name == hook for name, _ in hook_implementations(self.module))
 
 
@@ -98,12 +100,12 @@ def installed_plugins() -> dict[str, Installed]:
     for entry_point in entry_points(group=GROUP):
         distribution = entry_point.dist.name if entry_point.dist else "unknown"
         version = entry_point.dist.version if entry_point.dist else "unknown"
-        candidate = Installed(entry_point.name, distribution, version, entry_point)
-        other = found.setdefault(entry_point.name, candidate)
+        name = entry_point.name.replace("-", "_")
+        other = found.setdefault(name, Installed(name, distribution, version, entry_point))
         # The same distribution can be listed twice (a stale .egg-info beside an editable install): not a conflict.
         if other.distribution != distribution or other.entry_point.value != entry_point.value:
             raise PluginConflictError(
-                f"two distributions provide a plugin named {entry_point.name}",
+                f"two distributions provide a plugin named {name}",
                 {"first": f"{other.distribution} {other.version}", "second": f"{distribution} {version}"},
                 "uninstall one of them",
             )
@@ -150,8 +152,6 @@ def load(installed: Installed) -> Plugin:
     """Import one plugin's code."""
     try:
         return Plugin(installed, installed.entry_point.load())
-    except PluginError:
-        raise
     except Exception as error:
         raise PluginError(
             f"plugin {installed.name} cannot be imported",
@@ -184,11 +184,18 @@ def in_order(plugins: Sequence[Plugin]) -> list[Plugin]:
                 raise PluginConflictError(
                     f"plugins {plugin.name} and {other} cannot be used together", next=f"leave {other} out"
                 )
-    graph = {name: set(by_name[name].requires) for name in sorted(by_name)}
+    sorter = TopologicalSorter({name: by_name[name].requires for name in by_name})
     try:
-        return [by_name[name] for name in TopologicalSorter(graph).static_order()]
+        sorter.prepare()
     except CycleError as error:
         raise PluginConflictError("plugins require each other in a circle", {"circle": error.args[1]}) from error
+    ready: list[str] = []
+    ordered = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()])  # the same in every process: hooks must run in one order
+        ordered.append(by_name[ready[0]])
+        sorter.done(ready.pop(0))
+    return ordered
 
 
 class Plugins:
@@ -225,11 +232,17 @@ class Plugins:
         """pluggy's hook relay: `plugins.hook.model_built(args=…, model=…, role=…)`."""
         return self._manager.hook
 
+    def ask(self, plugin: Plugin, hook: str, **arguments: Any) -> Any:
+        """Call one plugin's implementation of a hook; None when it has none or has nothing to say."""
+        others = [other.module for other in self.plugins if other is not plugin]
+        answer = self._manager.subset_hook_caller(hook, others)(**arguments)
+        return next(iter(answer), None) if isinstance(answer, list) else answer
+
     def ask_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Call one hook plugin by plugin, in order: each plugin's name with its answer."""
-        for implementation in reversed(getattr(self.hook, hook).get_hookimpls()):
-            wanted = {name: arguments[name] for name in implementation.argnames}
-            yield implementation.plugin_name, implementation.function(**wanted)
+        """Call one hook plugin by plugin, in order: each plugin's name with its answer, if it has one."""
+        for plugin in self.plugins:
+            if (answer := self.ask(plugin, hook, **arguments)) is not None:
+                yield plugin.name, answer
 
     @property
     def names(self) -> list[str]:
@@ -249,7 +262,8 @@ class Plugins:
         files = _source_files(Path(__file__).parent / "__init__.py")
         for plugin in self.plugins:
             if plugin.installed.distribution != OWN_DISTRIBUTION and isinstance(plugin.module, ModuleType):
-                files |= _source_files(Path(plugin.module.__file__ or ""))
+                top = sys.modules.get(plugin.module.__name__.partition(".")[0], plugin.module)
+                files |= _source_files(Path(getattr(top, "__file__", None) or plugin.module.__file__ or ""))
         # Sorted by content, not by path: an editable install and a wheel of the same code agree.
         contents = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
         return hashlib.sha256("\n".join([*named, *contents]).encode()).hexdigest()[:16]

@@ -1004,8 +1004,11 @@ def _restore_copies(sites: list[_Site]) -> None:
     for namespace in _namespaces() if later else ():
         for name, value in list(namespace.items()):
             # Only we have made the function. A replacement may also be known elsewhere, by a name of its own.
-            if (found := later.get(id(value))) and (found.function is not None or name == found.name):
-                namespace[name] = found.old_and_new[0]
+            if (found := later.get(id(value))) is None or (found.function is None and name != found.name):
+                continue
+            old, new = found.old_and_new
+            if found.function is not None or namespace.get("__name__") != getattr(new, "__module__", None):
+                namespace[name] = old  # but the replacement itself stays in the module that defines it
 
 
 # -- imports ---------------------------------------------------------------------------------------------------------

@@ -369,10 +369,10 @@ def test_torchs_own_helper_takes_what_is_set():
 
 
 def test_a_group_by_name_is_gloos():
-    said = torch_cpu.gloo_backend(
-        lambda *args, **kwargs: (args, kwargs), [0, 1], backend="nccl", pg_options=1, timeout=2
-    )
-    assert said == (([0, 1],), {"backend": "gloo", "timeout": 2})
+    def new_group(ranks=None, timeout=None, backend=None, pg_options=None):
+        return ranks, timeout, backend, pg_options
+
+    assert torch_cpu.gloo_group(new_group, [0, 1], backend="nccl", pg_options=1, timeout=2) == ([0, 1], 2, "gloo", None)
 
 
 @pytest.mark.parametrize("name", ["init_process_group", "new_group"])
@@ -386,7 +386,7 @@ def test_a_group_by_position_is_gloos(name):
     def record(*args, **kwargs):
         return inspect.signature(original).bind(*args, **kwargs).arguments
 
-    found = torch_cpu.gloo_backend(record, *[None] * at, "nccl")
+    found = torch_cpu.gloo_group(record, *[None] * at, "nccl")
     assert found["backend"] == "gloo"
 
 

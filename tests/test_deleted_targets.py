@@ -1,4 +1,4 @@
-"""Each patch, its target deleted from a copy of upstream: the run stops before anything starts, and names the target."""
+"""Each patch, its target deleted from a copy of upstream: nothing starts, and the error names the target."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def without(source: str, qualname: str) -> str:
 
 
 READABLE = [patch for patch in PATCHES if patch.target not in COMPILED]
+COMMAND = [sys.executable, "-m", "miles_plugins.entrypoints.slime_train", "--plugins", "cpu,r3,metrics"]
 # One of each package also through the command; all of them take their way through the same check.
 SAMPLE = ["slime.trainer.report", "megatron.router.select-experts", "sglang.scheduler.report", "ray.init.setup-hook"]
 
@@ -102,8 +103,7 @@ def test_a_deleted_target_stops_the_command(patch: Patch, upstream: Path, upstre
         script = copy / "train.py"
         script.write_text((upstream / "train.py").read_text())
     result = subprocess.run(
-        [sys.executable, "-m", "miles_plugins.entrypoints.slime_train", "--plugins", "cpu,r3,metrics"]
-        + ["--train-script", str(script), "--num-rollout", "3"],
+        [*COMMAND, "--train-script", str(script), "--num-rollout", "3"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(copy), upstream_path])},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""The plugins reach every Ray worker and its spawned children, or the run ends with a message: real Ray, on 127.0.0.1."""
+"""The plugins reach every Ray worker and its spawned children, or the run ends and says why: real Ray, on loopback."""
 
 from __future__ import annotations
 

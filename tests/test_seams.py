@@ -20,7 +20,7 @@ from miles_plugins.microbatch import Microbatch, current_microbatch, set_current
 from miles_plugins.patches import seam as seam_module
 from miles_plugins.patches.seam import Seam, all_seams, needed_seams, patch_set
 from miles_plugins.patches.sglang import requests
-from miles_plugins.patches.slime import engine, metrics, training
+from miles_plugins.patches.slime import metrics, training
 from miles_plugins.patching import Patch, check_statically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,7 +259,7 @@ def active(monkeypatch):
 
     def make(**implementations) -> None:
         chosen = plugins(**implementations)
-        for module in (training, metrics, engine, requests):
+        for module in (training, metrics, requests):
             monkeypatch.setattr(module, "current", lambda: SimpleNamespace(hook=chosen.hook, plugins=chosen))
 
     yield make
@@ -354,12 +354,6 @@ def test_slimes_own_queues_are_filled_unless_a_plugin_takes_the_routing(active, 
     active(take_routed_experts=lambda rollout_data: answer)
     result = training.fill_routing_replay(lambda *args: args, SimpleNamespace(args="args"), "iterator", [1], {"a": 1})
     assert (result is None) is (answer is True)
-
-
-def test_engine_arguments_are_changed_in_place(active):
-    active(engine_arguments=lambda server_args: server_args.update(dtype="float32"))
-    original = lambda args, rank: ({"port": rank}, ["checked"])  # noqa: E731
-    assert engine.compute_server_args(original, "args", 3) == ({"port": 3, "dtype": "float32"}, ["checked"])
 
 
 def test_a_request_is_changed_before_sglang_sees_it(active):

@@ -387,6 +387,7 @@ def raised(
     error: BaseException, *, by: BaseException | None = None, during: BaseException | None = None
 ) -> BaseException:
     error.__cause__, error.__context__ = by, during
+    error.__suppress_context__ = False  # setting a cause, even None, sets it
     return error
 
 

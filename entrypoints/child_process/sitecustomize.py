@@ -24,7 +24,12 @@ def _is_spawned_child() -> bool:
     return any("spawn_main" in argument for argument in sys.orig_argv)
 
 
-_run_next_sitecustomize()
+try:
+    _run_next_sitecustomize()
+except Exception:
+    import traceback
+
+    traceback.print_exc()  # as Python itself does with an error there: it prints it and goes on
 if os.environ.get("MILES_PLUGINS") and _is_spawned_child():
     try:
         from miles_plugins.activation import activate_from_environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -25,7 +26,16 @@ def configure(args: Namespace) -> None:
 
 @hookimpl
 def metrics_logged(args: Namespace, metrics: Mapping[str, Any], step_key: str) -> None:
-    numbers = {name: float(value) for name, value in metrics.items() if hasattr(value, "__float__")}
+    numbers = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
     line = json.dumps({"time": time.time(), "step_key": step_key, "metrics": numbers})
     with args.metrics_jsonl.open("a") as file:
         file.write(line + "\n")  # one short write: lines of several processes do not mix
+
+
+def _number(value: Any) -> float | str | None:
+    """What JSON can hold: a number, or the name of one that it cannot (nan, inf); None for what is no single number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else str(number)

@@ -59,6 +59,7 @@ class Replay:
                         "correct --moe-layer-freq",
                     )
                 self._layer_of[module] = index[layer]
+        self._routers = len(self._layer_of)  # also should one of them vanish: then it did not replay
         self.active = False
         self._begin()
 
@@ -132,6 +133,6 @@ class Replay:
         for microbatch in self.microbatches:
             tokens = int(microbatch.recorded.sum())
             replayed += tokens * len(microbatch.replayed)
-            expected += tokens * len(self._layer_of)
+            expected += tokens * self._routers
         different = int(torch.stack(self._different).sum()) if self._different else 0
         return torch.tensor([replayed, expected, different], dtype=torch.float64)

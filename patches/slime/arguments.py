@@ -29,9 +29,10 @@ def add_plugin_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any
 
     def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_slime_arguments(parser)
-        for plugin in current().plugins:
+        plugins = current().plugins
+        for plugin in plugins:
             if plugin.implements("register_arguments"):
-                plugin.module.register_arguments(parser.add_argument_group(f"plugin {plugin.name}"))
+                plugins.ask(plugin, "register_arguments", parser=parser.add_argument_group(f"plugin {plugin.name}"))
         _known_options.update(parser._option_string_actions)
         return parser
 

@@ -215,10 +215,9 @@ def known_operators(original: Callable[..., Any], op: Any, *args: Any, **kwargs:
 
 
 def gloo_group(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """slime and SGLang both ask for nccl by name; here every group is gloo's.
+    """slime, Megatron-LM and SGLang ask for nccl by name, with options for it; here every group is gloo's.
 
-    The function is torch's own `_new_process_group_helper(group_size, group_rank, global_ranks_in_group, backend,
-    store, group_name, backend_options=None, ..., device_id=None, ...)`, which slime and SGLang call directly.
+    For `init_process_group`, `new_group` and the `_new_process_group_helper` that slime and SGLang call directly.
     """
     import inspect
 
@@ -232,21 +231,23 @@ def gloo_group(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return original(*bound.args, **bound.kwargs)
 
 
-def gloo_backend(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`init_process_group` and `new_group`: by keyword in Megatron and slime, with nccl or options for it."""
-    kwargs["backend"] = "gloo"
-    kwargs.pop("pg_options", None)
-    kwargs.pop("device_id", None)
-    return original(*args, **kwargs)
-
-
-def _patch(name: str, target: str, reason: str, roles: tuple[str, ...] = (), **how: Callable[..., Any]) -> Patch:
+def _patch(
+    name: str,
+    target: str,
+    reason: str,
+    roles: tuple[str, ...] = (),
+    *,
+    wrap: Callable[..., Any] | None = None,
+    replace_with: Callable[[Any], Any] | None = None,
+    inherited: bool = False,
+) -> Patch:
     return Patch(
         id=f"torch.cpu.{name}",
         target=target,
-        wrap=how.get("wrap"),
-        replace_with=how.get("replace_with"),
+        wrap=wrap,
+        replace_with=replace_with,
         roles=frozenset(roles),
+        inherited=inherited,
         reason=reason,
         upstream="https://github.com/THUDM/slime (slime.utils.accelerator, after v0.3.1)",
         retire_when="slime and Megatron-LM ask an accelerator registry everywhere",
@@ -254,13 +255,12 @@ def _patch(name: str, target: str, reason: str, roles: tuple[str, ...] = (), **h
 
 
 def _cuda_patch(name: str, answer: Any) -> Patch:
-    how: dict[str, Callable[..., Any]] = (
-        {"replace_with": lambda original: answer}
-        if isinstance(answer, type)
-        else {"wrap": lambda original, *args, **kwargs: answer(*args, **kwargs)}
-    )
+    patch_name = f"cuda.{name.strip('_').replace('_', '-')}"
+    target = f"torch.cuda:{name}"
     reason = "slime and Megatron-LM call it without asking whether there is a GPU"
-    return _patch(f"cuda.{name.strip('_').replace('_', '-')}", f"torch.cuda:{name}", reason, (), **how)
+    if isinstance(answer, type):
+        return _patch(patch_name, target, reason, replace_with=lambda original: answer)
+    return _patch(patch_name, target, reason, wrap=lambda original, *args, **kwargs: answer(*args, **kwargs))
 
 
 _NCCL = "Megatron-LM and slime name nccl for some groups whatever --distributed-backend says"
@@ -273,14 +273,18 @@ SEAMS = (
         only_in=frozenset({"driver", "trainer"}),
         patches=(
             *(_cuda_patch(name, answer) for name, answer in ANSWERS.items()),
-            _patch("tensor-cuda", "torch:Tensor.cuda", _NO_QUESTION, wrap=_stay),
-            _patch("tensor-pin-memory", "torch:Tensor.pin_memory", _NO_QUESTION, wrap=_stay),
+            _patch("tensor-cuda", "torch:Tensor.cuda", _NO_QUESTION, wrap=_stay, inherited=True),
+            _patch("tensor-pin-memory", "torch:Tensor.pin_memory", _NO_QUESTION, wrap=_stay, inherited=True),
             _patch(
-                "tensor-type", "torch:Tensor.type", "Megatron compares CUDA tensor type names", wrap=cuda_type_names
+                "tensor-type",
+                "torch:Tensor.type",
+                "Megatron compares CUDA tensor type names",
+                wrap=cuda_type_names,
+                inherited=True,
             ),
             _patch("module-cuda", "torch.nn.modules.module:Module.cuda", _NO_QUESTION, wrap=_stay),
-            _patch("init-group", "torch.distributed.distributed_c10d:init_process_group", _NCCL, wrap=gloo_backend),
-            _patch("new-group", "torch.distributed.distributed_c10d:new_group", _NCCL, wrap=gloo_backend),
+            _patch("init-group", "torch.distributed.distributed_c10d:init_process_group", _NCCL, wrap=gloo_group),
+            _patch("new-group", "torch.distributed.distributed_c10d:new_group", _NCCL, wrap=gloo_group),
             _patch(
                 "device-mode",
                 "slime.ray.train_actor:TrainRayActor.__init__",
