@@ -369,9 +369,10 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of metrics.jsonl so far: {"time", "role", "step_key", "metrics"}."""
+    """The complete lines of metrics.jsonl so far: {"time", "step_key", "metrics"}; all metrics are numbers, or nan."""
     with suppress(FileNotFoundError), open(file, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+        entries = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+        return [{**e, "metrics": {name: float(value) for name, value in e["metrics"].items()}} for e in entries]
     return []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import weakref
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,6 +264,16 @@ def test_after_an_exception_in_a_pass_the_next_one_is_clean():
     select(replay, routers(chunk)[0], half)  # … and then the second layer raised
     replay.end()
     assert one_pass(replay, recorded(2))[:2] == [2 * TOKENS] * 2
+
+
+def test_the_routing_of_a_microbatch_is_let_go_before_the_pass_ends():
+    replay = Replay([model(1, 2)], layers=[0, 1])
+    microbatch = recorded(2)
+    routing = weakref.ref(microbatch.indices)
+    replay.begin()
+    replay.add(microbatch)
+    del microbatch
+    assert routing() is None
 
 
 def test_a_pass_without_microbatches_counts_nothing():

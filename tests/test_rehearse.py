@@ -222,6 +222,14 @@ def test_half_written_files_are_read_as_far_as_they_go(tmp_path: Path) -> None:
     assert module.read_processes(processes) == []
 
 
+def test_a_loss_that_is_no_number_fails_the_rehearsal(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    numbers = {"train/step": 0, "train/grad_norm": "nan"}
+    file.write_text(json.dumps({"time": 1.0, "step_key": "train/step", "metrics": numbers}) + "\n")
+    reasons = module._judge_steps(module.read_metrics(file), 1, replays=False)
+    assert any("nan" in reason for reason in reasons)
+
+
 def test_the_error_block_is_the_last_message_with_facts() -> None:
     log = """\
         slime-train: plugins r3_replay 0.1.0

@@ -64,7 +64,8 @@ class Replay:
         self._begin()
 
     def _begin(self) -> None:
-        self.microbatches: list[Recorded] = []
+        # Of each microbatch only what is counted: its routing is let go as soon as its last recomputation is over.
+        self._passed: list[tuple[torch.Tensor, set[int]]] = []
         self._different: list[torch.Tensor] = []
 
     @property
@@ -83,7 +84,7 @@ class Replay:
 
     def add(self, microbatch: Recorded) -> None:
         """The forward pass of one microbatch is about to run."""
-        self.microbatches.append(microbatch)
+        self._passed.append((microbatch.recorded.sum(), microbatch.replayed))
 
     def select(
         self,
@@ -130,9 +131,8 @@ class Replay:
         import torch
 
         replayed = expected = 0
-        for microbatch in self.microbatches:
-            tokens = int(microbatch.recorded.sum())
-            replayed += tokens * len(microbatch.replayed)
-            expected += tokens * self._routers
+        for recorded, layers in self._passed:
+            replayed += int(recorded) * len(layers)
+            expected += int(recorded) * self._routers
         different = int(torch.stack(self._different).sum()) if self._different else 0
         return torch.tensor([replayed, expected, different], dtype=torch.float64)
