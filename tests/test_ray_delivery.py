@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -35,13 +37,14 @@ def free_port() -> int:
 class Cluster:
     """A Ray head of our own, stopped by its process tree."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], dashboard: int | None = None) -> None:
         self.folder = folder
         self.address = f"127.0.0.1:{free_port()}"
         self.environment = {**os.environ, **LOOPBACK, **environment, "RAY_ADDRESS": self.address}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2"]
         command += ["--node-ip-address", "127.0.0.1", "--port", self.address.split(":")[1]]
-        command += ["--ray-client-server-port", str(free_port()), "--include-dashboard", "false"]
+        command += ["--ray-client-server-port", str(free_port()), "--include-dashboard", str(dashboard is not None)]
+        command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard or free_port())]
         command += ["--temp-dir", str(folder), "--object-store-memory", str(128 * 2**20)]
         self.log = (folder / "head.log").open("w")
         self.head = subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log)
@@ -177,6 +180,52 @@ print(json.dumps(ray.get(look.remote())))
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == ["1", "yes", ["hello_ray"]]
+
+
+def test_a_really_submitted_job(plugin_folder: Path, tmp_path: Path) -> None:
+    if find_spec("opencensus") is None:
+        pytest.skip("`ray job submit` needs the package ray[default]")
+    port = free_port()
+    head = Cluster(Path(tempfile.mkdtemp(prefix="mp-", dir="/tmp")), {}, dashboard=port)
+    script = tmp_path / "driver.py"
+    script.write_text(
+        textwrap.dedent(BEGIN)
+        + textwrap.dedent("""
+        @ray.remote(num_cpus=0)
+        class Actor:
+            def look(self):
+                from miles_plugins.activation import current
+                return os.environ.get("JOBS"), current().plugins.names
+        actor = Actor.options(runtime_env={"env_vars": {"OTHER": "1"}}).remote()
+        print("seen", json.dumps(ray.get(actor.look.remote())))
+        """)
+    )
+    runtime_env = json.dumps({"env_vars": {"PYTHONPATH": str(plugin_folder), "JOBS": "yes"}})
+    address = f"http://127.0.0.1:{port}"
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
+    try:
+        wait_for_port(port)
+        result = subprocess.run(
+            [*submit, f"--runtime-env-json={runtime_env}", "--", sys.executable, str(script)],
+            env={**head.environment, "RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    finally:
+        head.stop()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'seen ["yes", ["hello_ray"]]' in result.stdout
+
+
+def wait_for_port(port: int, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    pytest.fail(f"nothing listens on port {port}")
 
 
 def test_a_cluster_that_ray_starts_itself(cluster: Cluster) -> None:
