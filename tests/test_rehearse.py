@@ -610,6 +610,12 @@ def test_a_program_that_cannot_start_leaves_nothing(rehearsal: Rehearsal) -> Non
     assert set(Path("/tmp").glob("mp-*")) <= before
 
 
+def hear_signals() -> None:
+    """As in a terminal: a test run in the background, or under nohup, hands ignored signals down."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_stop_everything(rehearsal: Rehearsal, tmp_path: Path, number: signal.Signals, code: int) -> None:
     content = json.dumps({"processes": processes_of(), "metrics": metrics_of(1)})
@@ -626,7 +632,7 @@ sys.exit(present(rehearsal, command=lambda _: command, upstream=False))
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a test run in the background
+        preexec_fn=hear_signals,
     )
     eventually((rehearsal.folder / "deaf").exists)
     slime = next(process for process in psutil.Process(ours.pid).children())
