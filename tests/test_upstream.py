@@ -14,10 +14,13 @@ import pytest
 pytestmark = pytest.mark.upstream
 
 
-def rehearse(slime: Path, megatron: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def rehearse(
+    slime: Path, megatron: Path, folder: Path, *options: str, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "miles_plugins.entrypoints.cli", "rehearse", "--json", "--folder", str(folder)]
     return subprocess.run(
         [*command, "--slime", str(slime), "--megatron", str(megatron), *options],
+        env={**os.environ, "PYTHONPATH": str(path)} if path else None,
         capture_output=True,
         text=True,
         timeout=800,
@@ -67,6 +70,43 @@ def test_data_parallelism_without_replay(slime: Path, megatron: Path, tmp_path: 
     result = rehearse(slime, megatron, tmp_path / "run", "--plugins", "", "--data-parallel", "2")
     answer = passed(result, tmp_path / "run")
     assert all(row["replay_coverage"] is None for row in answer["rollouts"])
+
+
+def third_party(folder: Path, name: str, code: str) -> Path:
+    """A distribution with one plugin, importable from the folder."""
+    (folder / f"{name}.py").write_text(f"from miles_plugins import PluginError, hookimpl\n{code}")
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[miles_plugins]\n{name} = {name}\n")
+    return folder
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_training_does_not_begin_without_evidence(slime: Path, megatron: Path, tmp_path: Path) -> None:
+    path = third_party(tmp_path, "silent", "SIDES = ('trainer',)\n\n@hookimpl\ndef probe():\n    return None\n")
+    result = rehearse(slime, megatron, tmp_path / "run", "--plugins", "silent", path=path)
+    assert result.returncode == 1
+    error = json.loads(result.stdout)["error"]
+    assert "training does not begin" in error
+    assert "plugin silent showed no evidence in 1 trainer process(es)" in error
+    assert json.loads(result.stdout)["rollouts"] == []
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_the_error_of_an_sglang_process_reaches_the_user(slime: Path, megatron: Path, tmp_path: Path) -> None:
+    code = """
+@hookimpl
+def probe(role):
+    if role == "sglang_scheduler":
+        raise PluginError("this scheduler is not what it should be", {"found": "a test"}, "pass it")
+"""
+    path = third_party(tmp_path, "broken", code)
+    result = rehearse(slime, megatron, tmp_path / "run", "--plugins", "broken", path=path)
+    assert result.returncode == 1
+    error = json.loads(result.stdout)["error"]
+    assert "this scheduler is not what it should be" in error, error
+    assert json.loads(result.stdout)["rollouts"] == []
 
 
 TORCHVISION = """
