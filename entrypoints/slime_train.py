@@ -19,6 +19,7 @@ USAGE = """usage: slime-train [--plugins NAME[,NAME…]] [--train-script PATH] <
   --plugins        plugins to turn on, by full or short name (r3 or r3_replay); `miles-plugins list` shows them
   --train-script   slime's train.py or train_async.py, or your own driver; by default the one beside the installed
                    slime, else $SLIME_HOME/train.py, else ./train.py
+  --allow-flag     a flag that slime does not know and your script reads by itself (may be given several times)
   --plugins-help   this text
 
 All other flags go to the train script; `slime-train --plugins r3 --help` shows them with the plugins' own."""
@@ -45,6 +46,7 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="slime-train", add_help=False, allow_abbrev=False)
     parser.add_argument("--plugins", action="append", default=[])
     parser.add_argument("--train-script")
+    parser.add_argument("--allow-flag", action="append", default=[])
     parser.add_argument("--plugins-help", action="store_true")
     return parser.parse_known_args(argv)
 
@@ -68,9 +70,9 @@ def _run(own: argparse.Namespace, flags: list[str]) -> None:
     # As `python train.py` has it: the script's folder first (not with -P), and the script as argv[0].
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(script.resolve().parent)
-    sys.argv = [own.train_script or str(script), *flags]
+    sys.argv = [str(Path(own.train_script).expanduser()) if own.train_script else str(script), *flags]
     if names:
-        _begin(names, script, flags)
+        _begin(names, script, flags, own.allow_flag)
     run_as_main(script.absolute())
 
 
@@ -82,7 +84,7 @@ def run_as_main(script: Path) -> None:
     exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)
 
 
-def _begin(names: list[str], script: Path, flags: list[str]) -> None:
+def _begin(names: list[str], script: Path, flags: list[str], allowed: list[str]) -> None:
     """Select the plugins, check every patch against the installed source, arm them."""
     from miles_plugins.activation import RUN, activate
     from miles_plugins.compat.upstream import slime_problem
@@ -91,6 +93,7 @@ def _begin(names: list[str], script: Path, flags: list[str]) -> None:
         raise UpstreamError("slime cannot be used", {"found": problem.found}, problem.next)
     # The command line names the plugins, also where the job's environment already does (a run inside a run).
     activation = activate(names, "driver", environment={RUN: os.environ.get(RUN, "")})
+    activation.allowed_flags = tuple(f"--{flag.lstrip('-')}" for flag in allowed)
     try:
         notes = activation.check()
     except PluginError as error:

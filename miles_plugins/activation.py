@@ -36,6 +36,8 @@ class Activation:
         self.seams: list[Seam] = needed_seams(plugins)
         self.patches = patch_set(seam for seam in self.seams if seam.needed_in(role))
         self.probes: dict[str, str] = {}
+        self.allowed_flags: tuple[str, ...] = ()  # flags that no parser of slime's knows and that may pass
+        self.user_setup_hook: str | None = None  # a Ray setup hook that the job had
         self._user_variables = frozenset(os.environ)
         self.registry: Any = None  # the driver's handle: the actor that collects the reports lives while it is held
 

@@ -7,8 +7,10 @@ named actor; SGLang's processes, which are not Ray's, leave a file that their pa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,9 +71,16 @@ def send(run: str, reports: list[Report]) -> None:
 
 def folder(run: str) -> Path:
     """Where child processes of this node leave their reports."""
-    path = Path(tempfile.gettempdir()) / f"miles-plugins-{os.getuid()}" / run
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path
+    own = Path(tempfile.gettempdir()) / f"miles-plugins-{os.getuid()}"
+    for path in (own, own / run):
+        path.mkdir(exist_ok=True, mode=0o700)
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise AttestationError(
+                f"{path} is not a private folder of this user, so reports there could be forged",
+                next="remove it, or set TMPDIR to a folder of your own",
+            )
+    return own / run
 
 
 def write_child_report(run: str, report: Report | PluginError) -> None:
@@ -94,6 +103,15 @@ def read_child_reports(run: str, engine: str) -> list[Report]:
         if "error" in report:
             raise AttestationError(f"an SGLang process (pid {report['pid']}) stopped: {report['error']}")
     return reports
+
+
+def forget_child_reports(run: str, engine: str) -> None:
+    """Remove the files of one server's processes, once they are passed on."""
+    path = folder(run)
+    for file in path.glob(f"{engine}-*"):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another engine of this node still has files in it
+        path.rmdir()
 
 
 # -- the driver ------------------------------------------------------------------------------------------------------
@@ -126,7 +144,7 @@ def problems(
     for plugin, roles in sides.items():
         for role in roles:
             silent = [report for report in reports if report["role"] == role and plugin not in report["probes"]]
-            if silent or (role in expected and not seen[role]):
+            if role in expected and (silent or not seen[role]):
                 found.append(f"plugin {plugin} showed no evidence in {len(silent) or 'any'} {role} process(es)")
     return found
 

@@ -21,6 +21,7 @@ MODULES = (
     "miles_plugins.patches.megatron.recompute",
     "miles_plugins.patches.sglang.processes",
     "miles_plugins.patches.sglang.requests",
+    "miles_plugins.patches.sglang.routing",
     "miles_plugins.patches.torch.cpu",
     "miles_plugins.patches.megatron.cpu",
     "miles_plugins.patches.slime.cpu",

@@ -322,6 +322,8 @@ def test_the_jobs_own_setup_hook_is_taken_out_and_chained(monkeypatch):
     assert made["env_vars"][USER_SETUP_HOOK] == "job.setup"
     left = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])
     assert left == {"runtime_env": {"env_vars": {"A": "1"}}, "x": 1}
+    again = workers.with_setup_hook({}, OURS, made["env_vars"][USER_SETUP_HOOK])  # Ray is started a second time
+    assert again["env_vars"][USER_SETUP_HOOK] == "job.setup"
 
 
 @pytest.mark.parametrize("how", ["argument", "keyword", "environment"])

@@ -33,7 +33,10 @@ def active(monkeypatch):
     def make(*plugins: Plugin, environment: dict[str, str] | None = None) -> Plugins:
         chosen = Plugins(plugins)
         layer = SimpleNamespace(
-            plugins=chosen, hook=chosen.hook, process_environment=lambda role: {**(environment or {}), "ROLE": role}
+            plugins=chosen,
+            hook=chosen.hook,
+            process_environment=lambda role: {**(environment or {}), "ROLE": role},
+            allowed_flags=("--mine",),
         )
         monkeypatch.setattr(arguments, "current", lambda: layer)
         return chosen
@@ -59,7 +62,7 @@ def active(monkeypatch):
     ids=" ".join,
 )
 def test_known_flags_pass(argv):
-    refuse_unknown_flags(argv, KNOWN)
+    refuse_unknown_flags(argv, KNOWN[:1], KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,12 @@ def test_an_unknown_flag_that_is_like_nothing():
     assert caught.value.facts == {"--zzzzzzzz": "nothing is named like it"}
 
 
+def test_a_truncated_flag_is_unknown_to_megatrons_parser():
+    with pytest.raises(ArgumentError, match="did you mean --rollout-batch-size"):
+        refuse_unknown_flags(["--rollout-batch-siz", "4"], ["--rollout-batch-size"], ["--sglang-device"])
+    refuse_unknown_flags(["--sglang-dev", "cpu"], ["--rollout-batch-size"], ["--sglang-device"])
+
+
 def test_all_unknown_flags_are_named_once():
     with pytest.raises(ArgumentError, match=r"^unknown flags: ") as caught:
         refuse_unknown_flags(["--aaa", "1", "--lr", "1", "--bbb=2", "--aaa=3"], KNOWN)
@@ -106,12 +115,12 @@ def test_what_argparse_accepts_is_accepted(words):
     argv = [
         part for flag, cut, joint, value in words for part in f"{flag[:cut]}{joint}{value if joint else ''}".split(" ")
     ]
-    refuse_unknown_flags(argv, KNOWN)
+    refuse_unknown_flags(argv, KNOWN[:1], KNOWN)
 
 
 def test_the_known_flags_of_slimes_first_parser():
     """slime looks for these before it builds the parsers whose flags are collected."""
-    refuse_unknown_flags(["--train-backend", "megatron", "--debug-rollout-only"], arguments._known_options)
+    refuse_unknown_flags(["--train-backend", "megatron", "--debug-rollout-only"], arguments._PRE_PARSED)
 
 
 # -- the plugins' own flags ------------------------------------------------------------------------------------------
@@ -134,7 +143,8 @@ def extended(*given_words: str) -> tuple[argparse.ArgumentParser, Namespace]:
 
 @pytest.fixture
 def _own_options(monkeypatch):
-    monkeypatch.setattr(arguments, "_known_options", set(arguments._PRE_PARSED))
+    monkeypatch.setattr(arguments, "_main_options", {"--known-to-megatron"})
+    monkeypatch.setattr(arguments, "_sglang_options", {"--sglang-known"})
 
 
 @hookimpl
@@ -149,7 +159,7 @@ def test_plugins_add_flags_in_a_group_of_their_own(active):
     assert (parsed.length_log_limit, parsed.rollout_batch_size) == (5, 8)
     assert "plugin length_log" in parser.format_help()
     assert "plugin other" not in parser.format_help()
-    assert {"--length-log-limit", "--rollout-batch-size", "--train-backend"} <= arguments._known_options
+    assert {"--length-log-limit", "--rollout-batch-size"} <= arguments._main_options
 
 
 @pytest.mark.usefixtures("_own_options")
@@ -167,7 +177,7 @@ def test_the_flags_of_the_sglang_parser_are_known():
     parser = argparse.ArgumentParser()
     original = lambda parser: parser.add_argument("--sglang-device")  # noqa: E731
     arguments.record_sglang_options(original, parser)
-    refuse_unknown_flags(["--sglang-device", "cpu"], arguments._known_options)
+    refuse_unknown_flags(["--sglang-dev", "cpu"], [], arguments._sglang_options)
 
 
 # -- after slime's own checks ----------------------------------------------------------------------------------------
@@ -193,6 +203,32 @@ def test_an_unknown_flag_ends_before_any_plugin_is_asked(active, monkeypatch):
     active(plugin("length_log", configure=hookimpl(lambda args: pytest.fail("asked"))))
     with pytest.raises(ArgumentError, match="unknown flag"):
         parse(monkeypatch, "--mistyped")
+
+
+@pytest.mark.usefixtures("_own_options")
+def test_a_mistyped_flag_explains_slimes_own_complaint(active, monkeypatch):
+    active(plugin("length_log"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--known-to-megatro", "3"])
+
+    def parse_args():
+        raise AssertionError("known_to_megatron is not set")
+
+    with pytest.raises(ArgumentError, match="did you mean --known-to-megatron") as caught:
+        arguments.parse_args(parse_args)
+    assert isinstance(caught.value.__cause__, AssertionError)
+
+
+def test_a_parser_that_was_not_seen_is_not_taken_for_all_well(active, monkeypatch):
+    active(plugin("length_log"))
+    monkeypatch.setattr(arguments, "_main_options", set())
+    with pytest.raises(ArgumentError, match="could not be checked"):
+        parse(monkeypatch)
+
+
+@pytest.mark.usefixtures("_own_options")
+def test_a_flag_that_the_script_reads_itself_may_pass(active, monkeypatch):
+    active(plugin("length_log"))
+    parse(monkeypatch, "--mine")
 
 
 @pytest.mark.usefixtures("_own_options")
@@ -235,6 +271,7 @@ def test_engines_of_somebody_else_are_refused_where_a_plugin_acts_in_engines(act
     assert caught.value.facts == {"plugins": refused, "engines": "10.0.0.1:30000, 10.0.0.2:30000"}
 
 
+@pytest.mark.usefixtures("_own_options")
 def test_engines_of_somebody_else_are_refused_before_a_plugin_is_asked(active, monkeypatch):
     asked = hookimpl(lambda args: pytest.fail("asked"))
     active(plugin("a", SIDES=("sglang_server",), configure=asked))

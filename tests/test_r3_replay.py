@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import weakref
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,7 +316,8 @@ def trainer(monkeypatch):
 
 def begin_microbatch(trainer, tokens: int = TOKENS, seed: int = 0) -> Microbatch:
     trace = recorded(2, tokens=tokens - 1, seed=seed).indices.transpose(0, 1)  # one sample, whose last token has no row
-    microbatch = Microbatch({"rollout_routed_experts": [trace]}, torch.arange(tokens))
+    batch = {"rollout_routed_experts": [trace], "unconcat_tokens": [torch.zeros(tokens)]}
+    microbatch = Microbatch(batch, torch.arange(tokens))
     set_current(microbatch)
     r3.microbatch_begins(args=trainer.args, microbatch=microbatch)
     return microbatch
@@ -407,13 +409,47 @@ def test_samples_become_compact_traces():
         SimpleNamespace(index=number, tokens=[0] * 4, rollout_routed_experts=recorded(3, tokens=2, seed=number).indices)
         for number in range(2)
     ]
-    train_data = {"tokens": []}
+    train_data = {"tokens": [sample.tokens for sample in samples]}
     r3.collect_train_data(arguments(moe_layer_freq=[0, 1]), samples, train_data)
     kept = train_data["rollout_routed_experts"]
     assert [tuple(each.shape) for each in kept] == [(3, 1, TOPK)] * 2
     samples[1].rollout_routed_experts = None
     with pytest.raises(PluginError, match="sample 1"):
         r3.collect_train_data(arguments(moe_layer_freq=[0, 1]), samples, train_data)
+
+
+def test_training_data_that_lost_or_changed_a_sample_is_refused():
+    samples = [SimpleNamespace(index=0, tokens=[0] * 4), SimpleNamespace(index=1, tokens=[0] * 5)]
+    for tokens in ([[0] * 4], [[0] * 5, [0] * 4]):
+        with pytest.raises(PluginError, match="one for one and in order"):
+            r3.collect_train_data(arguments(), samples, {"tokens": tokens})
+
+
+def test_routing_that_does_not_belong_to_the_tokens_is_refused(trainer):
+    r3.pass_begins("train")
+    trace = recorded(2, tokens=TOKENS - 2).indices.transpose(0, 1)
+    batch = {"rollout_routed_experts": [trace], "unconcat_tokens": [torch.zeros(TOKENS)]}
+    with pytest.raises(PluginError, match="does not belong to its tokens"):
+        r3.microbatch_begins(args=trainer.args, microbatch=Microbatch(batch, torch.arange(TOKENS)))
+
+
+def test_a_bound_router_without_a_microbatch_is_an_error(trainer):
+    """A recomputation in another thread, say, that nothing has bound to its microbatch."""
+    r3.pass_begins("train")
+    begin_microbatch(trainer)
+    with ThreadPoolExecutor(1) as thread, pytest.raises(PluginError, match="nothing says for which microbatch"):
+        thread.submit(ask, trainer.routers[0]).result()
+
+
+def test_a_model_without_its_routers_is_refused(trainer):
+    with pytest.raises(PluginError, match="without a router") as caught:
+        r3.model_built(args=arguments(), model=[model(2)], role="actor")
+    assert caught.value.facts["layers"] == "0"
+
+
+def test_a_critic_says_that_it_routes_for_itself(monkeypatch):
+    monkeypatch.setattr(r3, "_replay", None)
+    assert r3.probe("trainer")
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -88,7 +88,7 @@ def script(tmp_path):
 )
 def test_the_forms_of_plugins(own, monkeypatch, tmp_path):
     begun = []
-    monkeypatch.setattr(slime_train, "_begin", lambda names, script, flags: begun.append((names, flags)))
+    monkeypatch.setattr(slime_train, "_begin", lambda names, script, flags, allowed: begun.append((names, flags)))
     monkeypatch.setattr(sys, "argv", ["slime-train"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "train.py").write_text("")

@@ -11,6 +11,7 @@ from typing import Any
 
 from miles_plugins.errors import PluginError
 from miles_plugins.patches.sglang.routing import capturer
+from miles_plugins.r3_replay.trace import compact, moe_layers
 
 PROMPT = [1, 2, 3, 4, 5]
 NEW_TOKENS = 2
@@ -40,10 +41,10 @@ def routing_arrives(args: Namespace, router_url: str, engine_urls: Sequence[str]
 
 
 def _generate(url: str) -> dict[str, Any]:
+    # Without asking for routing: that the plugin asks in the server's name is part of what is proved.
     body = {
         "input_ids": PROMPT,
         "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True},
-        "return_routed_experts": True,
     }
     request = urllib.request.Request(
         f"{url}/generate", json.dumps(body).encode(), headers={"Content-Type": "application/json"}
@@ -62,16 +63,22 @@ def _generate(url: str) -> dict[str, Any]:
 
 
 def _check(args: Namespace, url: str, missing: str, answer: dict[str, Any]) -> None:
+    import torch
+
+    tokens = len(PROMPT) + NEW_TOKENS
+    expected = (tokens - 1) * args.num_layers * args.moe_router_topk
     encoded = answer["meta_info"].get("routed_experts")
-    expected = (len(PROMPT) + NEW_TOKENS - 1) * args.num_layers * args.moe_router_topk
-    found = len(base64.b64decode(encoded)) // 4 if encoded else 0  # SGLang sends int32
-    if found != expected:
+    ids = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.int32) if encoded else torch.empty(0)
+    if ids.numel() != expected:
         raise PluginError(
-            f"recorded routing does not arrive: {missing if not found else 'its size is wrong'}",
+            f"recorded routing does not arrive: {'its size is wrong' if ids.numel() else missing}",
             {
                 "asked": f"{url}/generate",
-                "expected": f"{expected} expert ids for {len(PROMPT) + NEW_TOKENS} tokens",
-                "found": found or f"none among {sorted(answer['meta_info'])}",
+                "expected": f"{expected} expert ids for {tokens} tokens",
+                "found": ids.numel() or f"none among {sorted(answer['meta_info'])}",
             },
             "check the versions of sglang and sglang-router (docs/compatibility.md)",
         )
+    trace = ids.reshape(tokens - 1, args.num_layers, args.moe_router_topk)
+    layers = moe_layers(args.num_layers, args.moe_layer_freq)
+    compact(trace, tokens, layers, args.moe_router_topk, args.num_experts, f"the probe request to {url}")

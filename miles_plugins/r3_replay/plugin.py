@@ -50,6 +50,14 @@ def configure(args: Namespace) -> None:
         and "the combined schedule runs two microbatches at once",
         "--prefill-num-servers": getattr(args, "prefill_num_servers", None) is not None
         and "a decode server does not know the prompt's routing",
+        "--sglang-config": _disaggregated(args) and "a decode server does not know the prompt's routing",
+        "--sglang-enable-hierarchical-cache": getattr(args, "sglang_enable_hierarchical_cache", False)
+        and "SGLang reloads cached tokens without their routing",
+        "--sglang-speculative-algorithm": getattr(args, "sglang_speculative_algorithm", None)
+        and getattr(args, "sglang_enable_dp_attention", False)
+        and "with --sglang-enable-dp-attention SGLang reads another rank's routing",
+        "--num-layers-per-virtual-pipeline-stage": getattr(args, "virtual_pipeline_model_parallel_size", None)
+        and "virtual pipeline stages are not replayed yet",
         "--custom-config-path": not args.use_rollout_routing_replay and "the file switches routing replay off",
     }
     reasons = {flag: reason for flag, reason in refused.items() if reason}
@@ -57,6 +65,18 @@ def configure(args: Namespace) -> None:
         raise ArgumentError("r3_replay cannot work with these arguments", reasons, "leave the flags or r3 out")
     # slime would now expect a patched Megatron to fill and drain its queues; the replay here needs neither.
     args.use_routing_replay = False
+
+
+def _disaggregated(args: Namespace) -> bool:
+    """Whether the file of --sglang-config has prefill, decode or encoder servers."""
+    if getattr(args, "sglang_config", None) is None:
+        return False
+    import yaml
+
+    with open(args.sglang_config) as file:
+        models = yaml.safe_load(file)["sglang"]
+    groups = [group for model in models for group in model.get("server_groups", [])]
+    return any(group["worker_type"] in ("prefill", "decode", "encoder") for group in groups)
 
 
 # -- rollout ---------------------------------------------------------------------------------------------------------
@@ -77,6 +97,16 @@ def rollout_ready(args: Namespace, router_url: str, engine_urls: Sequence[str]) 
 
 @hookimpl
 def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict[str, Any]) -> None:
+    lengths, expected = [len(tokens) for tokens in train_data["tokens"]], [len(sample.tokens) for sample in samples]
+    if lengths != expected:
+        raise PluginError(
+            "the training data does not hold the rollout's samples, one for one and in order",
+            {
+                "samples": f"{len(expected)} of lengths {expected[:8]}",
+                "training data": f"{len(lengths)}, {lengths[:8]}",
+            },
+            "--custom-convert-samples-to-train-data-path must keep the samples, or r3 be left out",
+        )
     layers = moe_layers(args.num_layers, args.moe_layer_freq)
     train_data["rollout_routed_experts"] = [
         compact(
@@ -98,7 +128,10 @@ def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict
 def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
     global _replay
     if role == "actor":
-        _replay = Replay(model, moe_layers(args.num_layers, args.moe_layer_freq))
+        layers = moe_layers(args.num_layers, args.moe_layer_freq)
+        replay = Replay(model, layers)
+        _require_all(layers, replay.local_layers)
+        _replay = replay
 
 
 @hookimpl
@@ -107,7 +140,7 @@ def take_routed_experts(rollout_data: dict[str, Any]) -> bool:
         raise PluginError(
             "the training data carries no routing",
             {"fields": ", ".join(rollout_data)},
-            "a --custom-convert-samples-to-train-data-path function must keep rollout_routed_experts",
+            "with --load-debug-rollout-data, the dump must come from a run with r3",
         )
     return True
 
@@ -127,6 +160,13 @@ def pass_begins(stage: str) -> None:
 def microbatch_begins(args: Namespace, microbatch: Microbatch) -> None:
     if _replay and _replay.active:
         traces = microbatch.batch["rollout_routed_experts"]
+        lengths = [len(tokens) for tokens in microbatch.batch["unconcat_tokens"]]
+        if [len(trace) + 1 for trace in traces] != lengths:
+            raise PluginError(
+                "the recorded routing of a microbatch does not belong to its tokens",
+                {"tokens": lengths, "rows of routing": [len(trace) for trace in traces]},
+                "whatever changes the samples after the rollout must change their routing with them",
+            )
         recorded = Recorded(*lay_out(traces, microbatch.positions, args.num_experts), replayed=set())
         microbatch.values["r3_replay"] = recorded
         _replay.add(recorded)
@@ -139,9 +179,15 @@ def select_experts(
     topk: int,
     choose: Callable[[], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    microbatch = current_microbatch()
-    if _replay is None or microbatch is None or "r3_replay" not in microbatch.values:
+    if _replay is None or not _replay.active or not _replay.is_bound(router):
         return None
+    microbatch = current_microbatch()
+    if microbatch is None or "r3_replay" not in microbatch.values:
+        raise PluginError(
+            "a router runs in a replaying pass and nothing says for which microbatch",
+            {"router": type(router).__name__},
+            "report this with your recompute flags: an activation is recomputed in a way that is not known here",
+        )
     return _replay.select(router, microbatch.values["r3_replay"], microbatch.recomputing, scores, topk, choose)
 
 
@@ -169,6 +215,23 @@ def step_metrics() -> Mapping[str, float]:
     return _metrics
 
 
+def _require_all(layers: Sequence[int], local: set[int]) -> None:
+    """Raise unless the ranks of the actor hold a router for each MoE layer of the arguments, taken together."""
+    import torch.distributed
+
+    everywhere = [local]
+    if torch.distributed.is_initialized():
+        everywhere = [set()] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, local)
+    missing = set(range(len(layers))) - set().union(*everywhere)
+    if missing:
+        raise PluginError(
+            "the model has MoE layers without a router that can replay",
+            {"layers": ", ".join(str(layers[position]) for position in sorted(missing)), "of": str(list(layers))},
+            "a model provider with a router of its own must take `router_replay` as Megatron's TopKRouter does",
+        )
+
+
 def _sum_over_ranks(counts: torch.Tensor, model: Sequence[Any]) -> list[float]:
     import torch.distributed
 
@@ -184,8 +247,10 @@ def _sum_over_ranks(counts: torch.Tensor, model: Sequence[Any]) -> list[float]:
 
 @hookimpl
 def probe(role: str) -> str | None:
-    if role == "trainer" and _replay is not None:
-        return f"{len(_replay.local_layers)} routers of this rank replay"
+    if role == "trainer":
+        return (
+            f"{len(_replay.local_layers)} routers of this rank replay" if _replay else "not the actor: natural routing"
+        )
     if role == "rollout_manager":
         return _evidence or "no engines in this run"
     if role == "sglang_scheduler":

@@ -73,6 +73,10 @@ class Replay:
         """Positions, among the MoE layers, of those on this rank."""
         return set(self._layer_of.values())
 
+    def is_bound(self, router: torch.nn.Module) -> bool:
+        """Whether this router replays when a pass does."""
+        return router in self._layer_of
+
     def begin(self) -> None:
         """A pass that replays begins."""
         self._begin()

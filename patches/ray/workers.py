@@ -34,16 +34,19 @@ def init(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             {"address": address or os.environ["RAY_ADDRESS"]},
             "run slime-train on a node of the cluster, or through `ray job submit`",
         )
-    kwargs["runtime_env"] = with_setup_hook(
-        kwargs.get("runtime_env") or {}, {**activation.process_environment("worker"), **activation.environment}
-    )
+    given = {**getattr(kwargs.get("job_config"), "runtime_env", {}), **(kwargs.get("runtime_env") or {})}
+    ours = {**activation.process_environment("worker"), **activation.environment}
+    kwargs["runtime_env"] = with_setup_hook(given, ours, activation.user_setup_hook)
+    activation.user_setup_hook = kwargs["runtime_env"]["env_vars"].get(USER_SETUP_HOOK)
     context = original(*args, **kwargs)
     activation.registry = attestation.start_registry(activation.run)
     check_nodes()
     return context
 
 
-def with_setup_hook(runtime_env: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+def with_setup_hook(
+    runtime_env: dict[str, Any], environment: dict[str, str], job_hook: str | None = None
+) -> dict[str, Any]:
     """The driver's runtime_env with our hook and variables; the job's own hook is taken out and chained.
 
     Ray refuses a key that both the job and the driver set, so ours are removed from the job's description.
@@ -53,12 +56,13 @@ def with_setup_hook(runtime_env: dict[str, Any], environment: dict[str, str]) ->
     job = json.loads(os.environ.get(_JOB_CONFIG, "null"))
     if job and (job_env := job.get("runtime_env")):
         variables = job_env.get("env_vars", {})
-        job_hook = job_env.pop("worker_process_setup_hook", None)
+        by_name = job_env.pop("worker_process_setup_hook", None)
         # Ray keeps a hook given as a function under this variable, as a key into its store.
-        user_hook = user_hook or variables.pop(_RAY_HOOK_VARIABLE, None) or job_hook
+        job_hook = variables.pop(_RAY_HOOK_VARIABLE, None) or by_name or job_hook
         for name in (_RAY_HOOK_VARIABLE, ACTIVE, DIGEST, RUN, USER_SETUP_HOOK):
             variables.pop(name, None)
         os.environ[_JOB_CONFIG] = json.dumps(job)
+    user_hook = user_hook or job_hook
     if callable(user_hook):
         raise PluginError(
             "ray.init was given a setup hook that is a function; ours must run beside it",
@@ -71,7 +75,7 @@ def with_setup_hook(runtime_env: dict[str, Any], environment: dict[str, str]) ->
     return {**runtime_env, "env_vars": variables, "worker_process_setup_hook": SETUP_HOOK}
 
 
-def check_nodes(timeout: float = 60) -> None:
+def check_nodes(timeout: float = 600) -> None:
     """Start one worker on every node and compare its plugin set with the driver's, before any GPU is taken.
 
     Raises:
@@ -95,13 +99,20 @@ def check_nodes(timeout: float = 60) -> None:
     for address, witness in witnesses.items():
         try:
             digest = ray.get(witness.digest.remote(), timeout=timeout)
+        except ray.exceptions.GetTimeoutError as error:
+            raise AttestationError(
+                f"no Ray worker started on node {address} within {timeout:.0f} s",
+                {"node": address},
+                "look at the node's Ray logs; its runtime_env may still be installing",
+            ) from error
         except Exception as error:
             raise AttestationError(
                 f"the plugins cannot be activated on node {address}",
                 {"error": _root_cause(error)},
                 "install miles-plugins and the named plugins there, in the environment that Ray's workers use",
             ) from error
-        ray.kill(witness)
+        finally:
+            ray.kill(witness)
         if digest != expected:
             raise AttestationError(
                 f"node {address} runs another plugin set", {"driver": expected, "node": digest}, "install the same"

@@ -20,7 +20,8 @@ from miles_plugins.patching import Patch
 # Option strings of slime's parsers, filled while they are built. slime's first, small parser (`_pre_parse_mode`) builds
 # its own; its flags are these.
 _PRE_PARSED = ("--train-backend", "--debug-rollout-only", "--debug-train-only", "--load-debug-rollout-data")
-_known_options: set[str] = set(_PRE_PARSED)
+_main_options: set[str] = set()
+_sglang_options: set[str] = set()
 
 
 def add_plugin_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -33,7 +34,7 @@ def add_plugin_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any
         for plugin in plugins:
             if plugin.implements("register_arguments"):
                 plugins.ask(plugin, "register_arguments", parser=parser.add_argument_group(f"plugin {plugin.name}"))
-        _known_options.update(parser._option_string_actions)
+        _main_options.update(parser._option_string_actions)
         return parser
 
     return add_all_arguments
@@ -44,14 +45,19 @@ def record_sglang_options(
 ) -> Any:
     """Remember the flags of slime's separate parser for SGLang."""
     result = original(parser, *args, **kwargs)
-    _known_options.update(parser._option_string_actions)
+    _sglang_options.update(parser._option_string_actions)
     return result
 
 
 def parse_args(original: Callable[..., Any], *args: Any, **kwargs: Any) -> argparse.Namespace:
     """slime's `parse_args`, then the plugins' own checks."""
-    parsed: argparse.Namespace = original(*args, **kwargs)
-    refuse_unknown_flags(sys.argv[1:], _known_options)
+    try:
+        parsed: argparse.Namespace = original(*args, **kwargs)
+    except (Exception, SystemExit) as error:
+        if getattr(error, "code", 1) != 0:  # not --help: a mistyped flag may well be what slime complains about
+            check_flags(error)
+        raise
+    check_flags()
     activation = current()
     refuse_external_engines(parsed)
     activation.hook.configure(args=parsed)
@@ -60,23 +66,42 @@ def parse_args(original: Callable[..., Any], *args: Any, **kwargs: Any) -> argpa
     return parsed
 
 
-def refuse_unknown_flags(argv: Sequence[str], known: Iterable[str]) -> None:
+def check_flags(cause: BaseException | None = None) -> None:
+    """Refuse what no parser of slime's knows, as soon as they are built."""
+    if not _main_options:
+        if cause is not None:
+            return  # slime stopped before it built its parser
+        raise ArgumentError("the flags could not be checked: slime did not build its parser where it was expected")
+    if not _sglang_options:  # slime skips that parser when it starts no engines; its flags may stand there all the same
+        from slime.backends.sglang_utils.arguments import add_sglang_arguments
+
+        add_sglang_arguments(argparse.ArgumentParser(add_help=False))
+    exact = {*_PRE_PARSED, *_main_options, *current().allowed_flags}
+    try:
+        refuse_unknown_flags(sys.argv[1:], exact, _sglang_options)
+    except ArgumentError as error:
+        raise error from cause
+
+
+def refuse_unknown_flags(argv: Sequence[str], exact: Iterable[str], abbreviated: Iterable[str] = ()) -> None:
     """Raise for every flag that no parser knows, with the nearest known one.
 
-    argparse accepts an unambiguous beginning of a flag, so that is accepted here too.
+    Megatron's parser takes a flag by its whole name (`exact`), SGLang's also by a beginning of it (`abbreviated`).
     """
-    known = sorted(known)
+    exact, abbreviated = set(exact), sorted(abbreviated)
+    known = sorted([*exact, *abbreviated])
     unknown = [
         flag
         for flag in dict.fromkeys(word.split("=", 1)[0] for word in argv if word.startswith("--") and word != "--")
-        if not any(option.startswith(flag) for option in known)
+        if flag not in exact and not any(option.startswith(flag) for option in abbreviated)
     ]
     if unknown:
         near = {flag: "".join(difflib.get_close_matches(flag, known, n=1)) for flag in unknown}
         raise ArgumentError(
             "unknown flag" + ("s" if len(unknown) > 1 else "") + ": slime would ignore what it does not know",
             {flag: f"did you mean {match}?" if match else "nothing is named like it" for flag, match in near.items()},
-            "correct it; a plugin's flags exist only while the plugin is in --plugins",
+            "correct it; a plugin's flags exist only while the plugin is in --plugins; --allow-flag NAME lets one pass "
+            "that your script reads by itself",
         )
 
 

@@ -7,7 +7,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ def require_all_processes(args: Any) -> None:
     if folder := os.environ.get(RUN_DIR):
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "processes.json").write_text(json.dumps(reports, indent=1))
-    engines = sum(report.get("engines", 0) for report in reports)
     expected = {"driver": 1, "rollout_manager": 1}
     if not args.debug_rollout_only:
         expected["trainer"] = args.actor_num_nodes * args.actor_num_gpus_per_node * (2 if args.use_critic else 1)
-    if not args.debug_train_only:
-        expected |= {"engine": engines, "sglang_server": engines, "sglang_scheduler": engines}
-        expected |= {"sglang_detokenizer": engines}
+    if engines := sum(report.get("engines", 0) for report in reports):
+        expected["engine"] = engines
+    for report in reports:
+        for role, count in report.get("children", {}).items():
+            expected[role] = expected.get(role, 0) + count
     problems = attestation.problems(
         reports, activation.plugins.digest, expected, {plugin.name: plugin.sides for plugin in activation.plugins}
     )
@@ -73,6 +75,8 @@ def report_trainer(original: Callable[..., Any], self: Any, args: Any, role: str
     activation = current()
     activation.role = "trainer"
     result = original(self, args, role, *rest, **kwargs)
+    if args.debug_rollout_only:
+        return result  # it has built nothing and will train nothing
     activation.rank = f"{role} {self._rank}"
     attestation.send(activation.run, [activation.report()])
     return result
@@ -84,29 +88,59 @@ def report_engine(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
     activation.role = "engine"
     activation.rank = str(self.rank)
     os.environ[attestation.ENGINE] = engine = uuid.uuid4().hex[:12]
+    _launched.clear()
     try:
         result = original(self, *args, **kwargs)
     except Exception:
         attestation.read_child_reports(activation.run, engine)  # a child's own error says more than "server died"
         raise
-    children = wait_for_children(engine) if getattr(self, "process", None) else []
-    attestation.send(activation.run, [activation.report(), *children])
+    expected = expected_children(_launched[0]) if _launched else {}
+    children = wait_for_children(engine, expected)
+    attestation.send(activation.run, [{**activation.report(), "children": expected}, *children])
     return result
 
 
-def wait_for_children(engine: str, timeout: float = 20) -> list[attestation.Report]:
-    """The server answers once its processes are up, so their reports are there or about to be."""
-    wanted = {"sglang_server", "sglang_scheduler", "sglang_detokenizer"}
+_launched: list[Any] = []  # the ServerArgs of the server that this engine has launched
+
+
+def expected_children(server_args: Any) -> dict[str, int]:
+    """How many processes of which role one SGLang server starts on this node."""
+    if getattr(server_args, "encoder_only", False):
+        return {}
+    schedulers = max(1, server_args.tp_size * server_args.pp_size // server_args.nnodes)
+    if server_args.node_rank > 0:
+        return {"sglang_scheduler": schedulers}
+    return {"sglang_server": 1, "sglang_scheduler": schedulers, "sglang_detokenizer": 1}
+
+
+def wait_for_children(engine: str, expected: Mapping[str, int], timeout: float = 1800) -> list[attestation.Report]:
+    """The reports of this engine's processes, as many as expected.
+
+    On a server's first node they are there, for the server already answers; elsewhere the model may still be loading.
+
+    Raises:
+        AttestationError: one of them stopped, or does not report.
+    """
     deadline = time.monotonic() + timeout
     while True:
         reports = attestation.read_child_reports(current().run, engine)
-        if wanted <= {report["role"] for report in reports} or time.monotonic() > deadline:
+        seen = Counter(report["role"] for report in reports)
+        missing = {role: count - seen[role] for role, count in expected.items() if seen[role] < count}
+        if not missing:
+            attestation.forget_child_reports(current().run, engine)
             return reports
+        if time.monotonic() > deadline:
+            raise AttestationError(
+                "processes of an SGLang server do not report: the plugins have not reached them",
+                {role: f"{count} missing" for role, count in missing.items()},
+                "look at the log of the server; something else may own PYTHONPATH or sitecustomize there",
+            )
         time.sleep(0.2)
 
 
 def reach_children(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Put our `sitecustomize` first on PYTHONPATH while the server's processes start, and only then."""
+    _launched[:] = args[:1]
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHILD_PROCESS_FOLDER), before]))
     try:

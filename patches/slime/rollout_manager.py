@@ -24,14 +24,15 @@ def _subclass(base: type) -> type:
             activation = current()
             activation.role = "rollout_manager"
             super().__init__(args, pg)
-            engines = [engine for engine in self.rollout_engines if engine is not None]
-            if engines:
+            server = self._get_updatable_server()  # frozen models beside it are not trained on
+            if server is not None and server.engines:
                 activation.hook.rollout_ready(
                     args=args,
-                    router_url=f"http://{args.sglang_router_ip}:{args.sglang_router_port}",
-                    engine_urls=_urls(engines),
+                    router_url=f"http://{server.router_ip}:{server.router_port}",
+                    engine_urls=_urls(server.engines),
                 )
-            attestation.send(activation.run, [{**activation.report(), "engines": len(engines)}])
+            engines = sum(len(server.all_engines) for server in self.servers.values())
+            attestation.send(activation.run, [{**activation.report(), "engines": engines}])
 
         def _convert_samples_to_train_data(self, samples: Sequence[Any]) -> dict[str, Any]:
             train_data: dict[str, Any] = super()._convert_samples_to_train_data(samples)
