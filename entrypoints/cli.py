@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+from importlib.metadata import metadata
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from miles_plugins.entrypoints.rehearse import rehearse
-from miles_plugins.errors import PluginError
 from miles_plugins.manager import OWN_DISTRIBUTION, installed_plugins, load
 
 
@@ -23,17 +23,14 @@ def main() -> None:
 @main.command("list")
 @click.option("--json", is_flag=True, help="Print JSON.")
 def list_plugins(json: bool) -> None:
-    """Every installed plugin: its names, where it comes from, the processes it needs, what it does."""
+    """Every installed plugin: its names, its version, what it does."""
     rows = []
     for installed in installed_plugins().values():
         row = {"name": installed.name, "short": installed.short_name, "from": installed.distribution}
-        row["version"] = installed.version
-        try:
-            plugin = load(installed)
-            row |= {"sides": ", ".join(plugin.sides), "summary": plugin.summary}
-        except PluginError as error:
-            row |= {"sides": "", "summary": f"cannot be imported: {error.facts.get('error', error.message)}"}
-        rows.append(row)
+        # A third party's code is imported when its plugin is named, and not to be listed.
+        own = installed.distribution == OWN_DISTRIBUTION
+        summary = load(installed).summary if own else metadata(installed.distribution)["Summary"]
+        rows.append(row | {"version": installed.version, "summary": summary or ""})
     if json:
         click.echo(json_module.dumps(rows, indent=1))
         return

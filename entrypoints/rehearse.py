@@ -40,6 +40,7 @@ from rich.table import Table
 from miles_plugins.cpu_rehearsal import toy_task
 from miles_plugins.cpu_rehearsal.tiny_model import TinyModel, write_tiny_model
 from miles_plugins.errors import ArgumentError, PluginError, UpstreamError
+from miles_plugins.manager import installed_plugins, resolve_names
 
 EXPERTS = 8
 PROMPTS_PER_ROLLOUT = 4
@@ -62,7 +63,7 @@ class Rehearsal:
     folder: Path
     slime: Path
     megatron: Path
-    plugins: tuple[str, ...] = ("r3",)
+    plugins: tuple[str, ...] = ("r3_replay",)
     rollouts: int = 3
     tensor_parallel: int = 1
     expert_parallel: int = 1
@@ -85,7 +86,7 @@ class Rehearsal:
     @property
     def all_plugins(self) -> list[str]:
         """The user's plugins between the one that makes a CPU run possible and the one that records it."""
-        return list(dict.fromkeys(["cpu", *self.plugins, "metrics_jsonl"]))
+        return list(dict.fromkeys(["cpu_rehearsal", *self.plugins, "metrics_jsonl"]))
 
 
 # -- what is run ------------------------------------------------------------------------------------------------------
@@ -429,7 +430,7 @@ def judge(
         reasons.append("slime did not end by itself")
     elif exit_code != 0:
         reasons.append(f"slime ended with exit code {exit_code}")
-    reasons += _judge_steps(metrics, rollouts, replays=not {"r3", "r3_replay"}.isdisjoint(plugins))
+    reasons += _judge_steps(metrics, rollouts, replays="r3_replay" in plugins)
     reasons += _judge_processes(processes, trainers, engines)
     return reasons
 
@@ -881,7 +882,7 @@ def rehearse(
         folder=(folder or Path("runs") / time.strftime("rehearsal-%Y%m%d-%H%M%S")).absolute(),
         slime=slime.expanduser().absolute(),
         megatron=megatron.expanduser().absolute(),
-        plugins=tuple(name.strip() for name in plugins.split(",") if name.strip()),
+        plugins=_full_names(plugins),
         rollouts=rollouts,
         tensor_parallel=tensor_parallel,
         expert_parallel=expert_parallel,
@@ -892,6 +893,15 @@ def rehearse(
         extra_flags=extra_flags,
     )
     context.exit(present(rehearsal, as_json=as_json, verbose=verbose))
+
+
+def _full_names(plugins: str) -> tuple[str, ...]:
+    """An unknown name ends here, before anything is started."""
+    names = [name for name in plugins.split(",") if name.strip()]
+    try:
+        return tuple(plugin.name for plugin in resolve_names(names, installed_plugins()))
+    except PluginError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def present(

@@ -232,3 +232,32 @@ def test_errors_cross_processes_whole(kind):
     error = pickle.loads(pickle.dumps(kind("it is broken", {"found": "a\nb", "nothing": None}, "mend it")))
     assert type(error) is kind
     assert str(error) == "it is broken\n  found  a\n         b\n  next   mend it"
+
+
+def test_a_folder_of_reports_is_private(tmp_path, monkeypatch):
+    monkeypatch.setattr(attestation.tempfile, "gettempdir", lambda: str(tmp_path))
+    made = attestation.folder("run")
+    assert made.stat().st_mode & 0o777 == made.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("damage", ["writable", "link"])
+def test_a_folder_that_others_can_write_is_refused(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(attestation.tempfile, "gettempdir", lambda: str(tmp_path))
+    own = tmp_path / f"miles-plugins-{os.getuid()}"
+    if damage == "link":
+        (tmp_path / "elsewhere").mkdir()
+        own.symlink_to(tmp_path / "elsewhere")
+    else:
+        own.mkdir()
+        own.chmod(0o777)
+    with pytest.raises(AttestationError, match="not a private folder"):
+        attestation.folder("run")
+
+
+def test_reports_that_were_passed_on_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(attestation.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv(attestation.ENGINE, "one")
+    attestation.write_child_report("run", {"role": "sglang_server"})
+    assert attestation.read_child_reports("run", "one") == [{"role": "sglang_server"}]
+    attestation.forget_child_reports("run", "one")
+    assert list((tmp_path / f"miles-plugins-{os.getuid()}").iterdir()) == []

@@ -398,6 +398,7 @@ def arguments(**changed) -> Namespace:
         **{
             "colocate": False,
             "offload_train": False,
+            "use_critic": False,
             "offload_rollout": False,
             "transformer_impl": "local",
             "distributed_backend": "gloo",

@@ -21,6 +21,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import click
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -101,7 +102,7 @@ def verdict(**changes: Any) -> list[str]:
         "processes": processes_of(),
         "exit_code": 0,
         "rollouts": 3,
-        "plugins": ["r3"],
+        "plugins": ["r3_replay"],
         **changes,
     }
     return judge(**arguments)
@@ -188,7 +189,7 @@ def test_missing_rollouts_fail() -> None:
     assert verdict(metrics=untrained) == ["not trained on, of 3 rollouts: 0, 1, 2"]
 
 
-@pytest.mark.parametrize("plugins", [["r3"], ["r3_replay"], ["fp8", "r3"]])
+@pytest.mark.parametrize("plugins", [["r3_replay"], ["fp8", "r3_replay"]])
 def test_coverage_counts_only_with_r3(plugins: list[str]) -> None:
     bare = changed_metrics("train/r3/coverage", None)
     assert verdict(metrics=bare, plugins=plugins)
@@ -287,6 +288,16 @@ def test_the_flags_describe_the_cluster(rehearsal: Rehearsal) -> None:
     assert "--sequence-parallel" not in flags_of(rehearsal)
 
 
+@pytest.mark.parametrize("given", ["r3", "r3-replay", "r3_replay", " r3 ,"])
+def test_every_spelling_of_a_plugin_is_its_full_name(given: str) -> None:
+    assert module._full_names(given) == ("r3_replay",)
+
+
+def test_an_unknown_plugin_ends_before_anything_is_started() -> None:
+    with pytest.raises(click.ClickException, match="no installed plugin is named 'r4'"):
+        module._full_names("r4")
+
+
 def test_a_rollout_is_one_optimizer_step(rehearsal: Rehearsal) -> None:
     flags = flags_of(rehearsal)
     samples = int(following(flags, "--rollout-batch-size")) * int(following(flags, "--n-samples-per-prompt"))
@@ -295,7 +306,10 @@ def test_a_rollout_is_one_optimizer_step(rehearsal: Rehearsal) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [((), ["cpu", "metrics_jsonl"]), (("r3", "cpu"), ["cpu", "r3", "metrics_jsonl"])],
+    [
+        ((), ["cpu_rehearsal", "metrics_jsonl"]),
+        (("r3_replay", "cpu_rehearsal"), ["cpu_rehearsal", "r3_replay", "metrics_jsonl"]),
+    ],
 )
 def test_cpu_comes_first_and_the_recorder_last(
     rehearsal: Rehearsal, given: tuple[str, ...], expected: list[str]
@@ -307,7 +321,7 @@ def test_the_inputs_are_written(rehearsal: Rehearsal) -> None:
     pytest.importorskip("torch")
     command = module.write_inputs(replace(rehearsal, tensor_parallel=2))
     assert command[:3] == [sys.executable, "-m", "miles_plugins.entrypoints.slime_train"]
-    assert following(command, "--plugins") == "cpu,r3,metrics_jsonl"
+    assert following(command, "--plugins") == "cpu_rehearsal,r3_replay,metrics_jsonl"
     assert following(command, "--train-script") == str(rehearsal.slime / "train.py")
     assert following(command, "--metrics-jsonl") == str(rehearsal.folder / "metrics.jsonl")
     assert following(command, "--vocab-size") == "256"

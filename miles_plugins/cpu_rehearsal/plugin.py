@@ -41,8 +41,10 @@ def process_environment(role: str) -> Mapping[str, str]:
 @hookimpl
 def configure(args: Namespace) -> None:
     refused = {
+        "--advantage-estimator": args.use_critic
+        and "slime offloads the trainers for ppo, and there is no GPU memory to free",
         "--colocate": args.colocate and "sharing a GPU between training and rollout needs one",
-        "--offload-train": args.offload_train and "there is no GPU memory to free",
+        "--offload-train": args.offload_train and not args.use_critic and "there is no GPU memory to free",
         "--offload-rollout": args.offload_rollout and "there is no GPU memory to free",
         "--transformer-impl": args.transformer_impl != "local" and "TransformerEngine needs CUDA",
         "--distributed-backend": args.distributed_backend != "gloo" and "nccl needs CUDA",
