@@ -7,7 +7,6 @@ named actor; SGLang's processes, which are not Ray's, leave a file that their pa
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
@@ -106,12 +105,12 @@ def read_child_reports(run: str, engine: str) -> list[Report]:
 
 
 def forget_child_reports(run: str, engine: str) -> None:
-    """Remove the files of one server's processes, once they are passed on."""
-    path = folder(run)
-    for file in path.glob(f"{engine}-*"):
+    """Remove the files of one server's processes, once they are passed on.
+
+    The empty folder stays: another engine's process may be about to write into it.
+    """
+    for file in folder(run).glob(f"{engine}-*"):
         file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # another engine of this node still has files in it
-        path.rmdir()
 
 
 # -- the driver ------------------------------------------------------------------------------------------------------

@@ -260,4 +260,4 @@ def test_reports_that_were_passed_on_leave_nothing(tmp_path, monkeypatch):
     attestation.write_child_report("run", {"role": "sglang_server"})
     assert attestation.read_child_reports("run", "one") == [{"role": "sglang_server"}]
     attestation.forget_child_reports("run", "one")
-    assert list((tmp_path / f"miles-plugins-{os.getuid()}").iterdir()) == []
+    assert list(attestation.folder("run").iterdir()) == []
