@@ -86,6 +86,8 @@ def upstream(slime: Path, megatron: Path, upstream_path: str, monkeypatch: pytes
 def test_a_deleted_target_is_missed(
     patch: Patch, upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Another test may have imported the package; the check is of what a new process would find.
+    monkeypatch.delitem(sys.modules, patch.module.split(".")[0], raising=False)
     check_statically(patch)
     monkeypatch.syspath_prepend(str(copy_without(patch, tmp_path)))
     with pytest.raises(PatchError) as caught:

@@ -205,13 +205,17 @@ def test_a_really_submitted_job(plugin_folder: Path, tmp_path: Path) -> None:
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
     try:
         wait_for_port(port)
-        result = subprocess.run(
-            [*submit, f"--runtime-env-json={runtime_env}", "--", sys.executable, str(script)],
-            env={**head.environment, "RAY_ADDRESS": address},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        for _ in range(20):
+            result = subprocess.run(
+                [*submit, f"--runtime-env-json={runtime_env}", "--", sys.executable, str(script)],
+                env={**head.environment, "RAY_ADDRESS": address},
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
+            if "No available agent" not in result.stderr:  # the node's agent starts after the port is open
+                break
+            time.sleep(2)
     finally:
         head.stop()
     assert result.returncode == 0, result.stdout + result.stderr

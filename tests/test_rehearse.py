@@ -680,10 +680,13 @@ def test_an_interruption_after_slime_ended_counts(rehearsal: Rehearsal, monkeypa
 
 
 def test_the_handlers_are_given_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with module.interruptible():
-        assert signal.getsignal(signal.SIGINT) is not before
-    assert signal.getsignal(signal.SIGINT) is before
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background run has it ignored
+    try:
+        with module.interruptible():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, outside)
 
 
 FAKE_SLIME_ON_RAY = """
