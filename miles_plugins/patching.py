@@ -368,7 +368,7 @@ def _blamed(record: Record) -> Iterator[None]:
 
 
 def _misfit(patch: Patch, problem: str, *, next: str | None = None, **facts: object) -> PatchError:
-    next = next or "use a listed stack (docs/compatibility.md), or report the two"
+    next = next or "use a listed stack (docs/compatibility.md), or report this with the versions you run"
     shown = {name: str(value) for name, value in facts.items() if value not in (None, "")}
     return PatchError(f"patch {patch.id} {problem}", {"patch": patch.id, "target": patch.target, **shown}, next=next)
 
