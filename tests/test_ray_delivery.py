@@ -45,6 +45,9 @@ class Cluster:
         command += ["--node-ip-address", "127.0.0.1", "--port", self.address.split(":")[1]]
         command += ["--ray-client-server-port", str(free_port()), "--include-dashboard", str(dashboard is not None)]
         command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard or free_port())]
+        # Ports that two clusters on one machine would otherwise share.
+        for name in ("dashboard-agent-listen-port", "metrics-export-port", "runtime-env-agent-port"):
+            command += [f"--{name}", str(free_port())]
         command += ["--temp-dir", str(folder), "--object-store-memory", str(128 * 2**20)]
         self.log = (folder / "head.log").open("w")
         self.head = subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log)
