@@ -110,7 +110,7 @@ def check_requirements(rehearsal: Rehearsal) -> None:
         raise UpstreamError(
             "something that a rehearsal needs is missing; nothing was started",
             missing,
-            "install the packages into this Python, at the versions of docs/compatibility.md;\n"
+            "install the packages into this Python, as CONTRIBUTING.md (The real stack) says;\n"
             "give the checkouts with --slime and --megatron, or set SLIME_HOME and MEGATRON_HOME.\n"
             "PyPI's `slime` is an unrelated package: git clone https://github.com/THUDM/slime ~/slime",
         )

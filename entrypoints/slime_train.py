@@ -22,12 +22,15 @@ USAGE = """usage: slime-train [--plugins NAME[,NAME…]] [--train-script PATH] <
   --allow-flag     a flag that slime does not know and your script reads by itself (may be given several times)
   --plugins-help   this text
 
-All other flags go to the train script; `slime-train --plugins r3 --help` shows them with the plugins' own."""
+All other flags go to the train script; `slime-train --plugins r3 --help` shows them with the plugins' own (without a
+GPU: `--plugins cpu,r3 --help`)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console command."""
-    own, flags = _split(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    own, flags = _split(argv)
+    own.argv = argv
     if own.plugins_help:
         print(USAGE)
         return
@@ -57,8 +60,9 @@ def _run(own: argparse.Namespace, flags: list[str]) -> None:
     names = [name.strip() for value in own.plugins for name in value.split(",")]
     if "" in names:
         raise ArgumentError(
-            "--plugins names no plugin", {"found": own.plugins}, "name one, or leave --plugins out to train without"
+            "--plugins has an empty name", {"found": own.plugins}, "leave it out, or all of --plugins to train without"
         )
+    refuse_slips(names, own.argv, own.allow_flag)
     script = find_train_script(own.train_script)
     if script is None:
         problem = None if own.train_script else slime_problem()
@@ -74,6 +78,22 @@ def _run(own: argparse.Namespace, flags: list[str]) -> None:
     if names:
         _begin(names, script, flags, own.allow_flag)
     run_as_main(script.absolute())
+
+
+def refuse_slips(names: Sequence[str], argv: Sequence[str], allowed: Sequence[str]) -> None:
+    """Refuse what looks like --plugins and would train without a plugin: `--plugin r3`, or `--plugins cpu r3`."""
+    slip = next((word for word in argv if word.split("=")[0] == "--plugin"), None)
+    if slip and "plugin" not in [flag.lstrip("-") for flag in allowed]:
+        raise ArgumentError(f"there is no flag {slip}", next="write --plugins")
+    for flag, value, after in zip(argv, argv[1:], argv[2:], strict=False):
+        if flag == "--plugins" and not after.startswith("-"):
+            raise ArgumentError(
+                f"{after!r} stands alone after --plugins {value}", next="separate names with commas, without spaces"
+            )
+    if names:
+        from miles_plugins.manager import installed_plugins, resolve_names
+
+        resolve_names(names, installed_plugins())  # a misspelt plugin is said before a missing slime is looked for
 
 
 def run_as_main(script: Path) -> None:

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from miles_plugins.microbatch import Microbatch
 
 PROJECT = "miles_plugins"
+ROLES = (
+    "driver",
+    "rollout_manager",
+    "engine",
+    "trainer",
+    "sglang_server",
+    "sglang_scheduler",
+    "sglang_detokenizer",
+)
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 

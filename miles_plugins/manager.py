@@ -63,15 +63,25 @@ class Plugin:
 
     @property
     def requires(self) -> tuple[str, ...]:
-        return tuple(getattr(self.module, "REQUIRES", ()))
+        return self._declared("REQUIRES")
 
     @property
     def conflicts(self) -> tuple[str, ...]:
-        return tuple(getattr(self.module, "CONFLICTS", ()))
+        return self._declared("CONFLICTS")
 
     @property
     def sides(self) -> tuple[str, ...]:
-        return tuple(getattr(self.module, "SIDES", ()))
+        return self._declared("SIDES")
+
+    def _declared(self, name: str) -> tuple[str, ...]:
+        value = getattr(self.module, name, ())
+        if isinstance(value, str):
+            raise PluginError(
+                f"plugin {self.name} declares {name} as a string",
+                {"found": repr(value)},
+                f"write ({value!r},), a tuple",
+            )
+        return tuple(value)
 
     @property
     def summary(self) -> str:
@@ -97,7 +107,7 @@ def installed_plugins() -> dict[str, Installed]:
         PluginConflictError: two distributions provide a plugin of the same name.
     """
     found: dict[str, Installed] = {}
-    for entry_point in entry_points(group=GROUP):
+    for entry_point in sorted(entry_points(group=GROUP), key=lambda entry_point: entry_point.name):
         distribution = entry_point.dist.name if entry_point.dist else "unknown"
         version = entry_point.dist.version if entry_point.dist else "unknown"
         name = entry_point.name.replace("-", "_")
@@ -121,7 +131,7 @@ def resolve_names(names: Iterable[str], installed: dict[str, Installed]) -> list
     """
     chosen: dict[str, Installed] = {}
     for name in names:
-        normalized = name.strip().replace("-", "_")
+        normalized = name.strip().replace("-", "_").lower()
         if normalized in installed:
             matches = [installed[normalized]]
         else:
@@ -151,7 +161,7 @@ def resolve_names(names: Iterable[str], installed: dict[str, Installed]) -> list
 def load(installed: Installed) -> Plugin:
     """Import one plugin's code."""
     try:
-        return Plugin(installed, installed.entry_point.load())
+        plugin = Plugin(installed, installed.entry_point.load())
     except Exception as error:
         raise PluginError(
             f"plugin {installed.name} cannot be imported",
@@ -162,6 +172,15 @@ def load(installed: Installed) -> Plugin:
             },
             "reinstall that distribution, or leave the plugin out",
         ) from error
+    for side in plugin.sides:
+        if side not in hookspecs.ROLES:
+            near = difflib.get_close_matches(side, hookspecs.ROLES, n=1)
+            raise PluginError(
+                f"plugin {plugin.name} names a process in SIDES that does not exist",
+                {"found": side, "known": ", ".join(hookspecs.ROLES), "nearest": near[0] if near else None},
+                "correct it",
+            )
+    return plugin
 
 
 def in_order(plugins: Sequence[Plugin]) -> list[Plugin]:

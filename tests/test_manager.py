@@ -461,3 +461,20 @@ def test_the_digest_of_a_wheel_is_that_of_the_checkout(copy, tmp_path, monkeypat
     shutil.copytree(copy / "miles_plugins", tmp_path / "wheel" / "miles_plugins")
     monkeypatch.setattr(manager, "__file__", str(tmp_path / "wheel" / "miles_plugins" / "manager.py"))
     assert digest("metrics") == before
+
+
+# -- declarations that would be passed over ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["REQUIRES", "CONFLICTS", "SIDES"])
+def test_a_declaration_that_is_a_string_is_refused(name):
+    with pytest.raises(PluginError, match="as a string"):
+        getattr(plugin("a", **{name: "trainer"}), name.lower())
+
+
+def test_a_process_that_does_not_exist_is_refused(monkeypatch):
+    found = installed("a")
+    monkeypatch.setattr(type(found.entry_point), "load", lambda self: SimpleNamespace(SIDES=("trainr",)))
+    with pytest.raises(PluginError, match="does not exist") as caught:
+        load(found)
+    assert caught.value.facts["nearest"] == "trainer"

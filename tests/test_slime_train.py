@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from miles_plugins.compat import upstream
 from miles_plugins.entrypoints import slime_train
 from miles_plugins.entrypoints.slime_train import _split, plugin_error
-from miles_plugins.errors import AttestationError, PatchError, PluginError
+from miles_plugins.errors import ArgumentError, AttestationError, PatchError, PluginError, PluginNotFoundError
 
 ROOT = Path(__file__).resolve().parents[1]
 SLIME = Path("~/slime").expanduser()
@@ -88,6 +88,7 @@ def script(tmp_path):
 )
 def test_the_forms_of_plugins(own, monkeypatch, tmp_path):
     begun = []
+    monkeypatch.setattr(slime_train, "refuse_slips", lambda names, argv, allowed: None)
     monkeypatch.setattr(slime_train, "_begin", lambda names, script, flags, allowed: begun.append((names, flags)))
     monkeypatch.setattr(sys, "argv", ["slime-train"])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -456,3 +457,32 @@ def test_an_error_of_ours_in_the_script_is_shown_without_a_traceback(script):
     done = run(slime_train_command("--train-script", str(path)), path.parent)
     assert done.returncode == 1
     assert done.stderr == "\nslime-train: not everything is verified\n  1  trainer\n"
+
+
+# -- slips that would train without a plugin ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--plugin", "r3"], "there is no flag --plugin"),
+        (["--lr", "1", "--plugin=r3"], "there is no flag --plugin=r3"),
+        (["--plugins", "cpu", "r3", "--lr", "1"], "'r3' stands alone after --plugins cpu"),
+        (["--plugins", "cpu,", "r3"], "'r3' stands alone"),
+    ],
+)
+def test_a_slip_is_refused(argv, message):
+    with pytest.raises(ArgumentError) as caught:
+        slime_train.refuse_slips([], argv, [])
+    assert message in str(caught.value)
+
+
+def test_what_is_no_slip_passes():
+    slime_train.refuse_slips([], ["--plugins", "cpu,r3", "--lr", "1"], [])
+    slime_train.refuse_slips([], ["--plugins=cpu", "prompt", "--x"], [])
+    slime_train.refuse_slips([], ["--plugin", "mine"], ["--plugin"])
+
+
+def test_a_misspelt_plugin_is_said_before_slime_is_looked_for():
+    with pytest.raises(PluginNotFoundError, match="rr3"):
+        slime_train.refuse_slips(["rr3"], ["--plugins", "rr3"], [])
