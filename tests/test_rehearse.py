@@ -329,12 +329,14 @@ def test_the_inputs_are_written(rehearsal: Rehearsal) -> None:
     assert len(Path(following(command, "--prompt-data")).read_text().splitlines()) == 12
 
 
-def test_the_environment_is_this_runs_alone(rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_this_runs_alone(
+    rehearsal: Rehearsal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MILES_PLUGINS", "fp8")
     monkeypatch.setenv("MILES_PLUGINS_DIGEST", "stale")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("PYTHONPATH", "/mine")
-    environment = run_environment(rehearsal, "abc", 1234, Path("/tmp/scratch"))
+    environment = run_environment(rehearsal, "abc", 1234, tmp_path)
     ours = {name: value for name, value in environment.items() if name.startswith("MILES_PLUGINS")}
     assert ours == {"MILES_PLUGINS_RUN": "abc", "MILES_PLUGINS_RUN_DIR": str(rehearsal.folder)}
     assert environment["RAY_ADDRESS"] == "127.0.0.1:1234"

@@ -24,7 +24,6 @@ from miles_plugins.patches.slime import metrics, training
 from miles_plugins.patching import Patch, check_statically
 
 ROOT = Path(__file__).resolve().parents[1]
-UPSTREAM = {"slime": Path("~/slime").expanduser(), "megatron": Path("~/Megatron-LM").expanduser()}
 
 SEAMS = all_seams()
 PATCHES = [patch for seam in SEAMS for patch in seam.patches]
@@ -225,10 +224,8 @@ def test_listing_the_seams_imports_nothing_of_upstream():
 
 
 @pytest.fixture
-def upstream(monkeypatch):
-    for name, checkout in UPSTREAM.items():
-        if not (checkout / name).is_dir():
-            pytest.skip(f"no upstream checkout at {checkout}")
+def upstream(monkeypatch, slime, megatron):
+    for checkout in (slime, megatron):
         monkeypatch.syspath_prepend(str(checkout))
 
 
@@ -238,7 +235,7 @@ def upstream(monkeypatch):
 def test_a_patch_fits_the_installed_upstream(patch):
     notes = check_statically(patch)
     package = patch.target.partition(".")[0].partition(":")[0]
-    assert f"not installed here: {package}" not in notes or package not in (*UPSTREAM, "torch", "ray")
+    assert f"not installed here: {package}" not in notes or package not in ("slime", "megatron", "torch", "ray")
     assert [note for note in notes if note.startswith("drifted")] == []
 
 
@@ -459,11 +456,9 @@ def test_positions_of_all_ranks_together_are_every_token_once(layout, lengths, c
 
 
 @pytest.fixture(scope="module")
-def slimes_own(layout):
+def slimes_own(layout, slime):
     """slime's real `get_batch`, taken out of its file: importing it would take Ray and a GPU."""
-    folder = UPSTREAM["slime"] / "slime" / "backends" / "megatron_utils"
-    if not folder.is_dir():
-        pytest.skip(f"no upstream checkout at {UPSTREAM['slime']}")
+    folder = slime / "slime" / "backends" / "megatron_utils"
     torch = layout.torch
     namespace = {
         "torch": torch,

@@ -20,8 +20,6 @@ from miles_plugins.entrypoints.slime_train import _split, plugin_error
 from miles_plugins.errors import ArgumentError, AttestationError, PatchError, PluginError, PluginNotFoundError
 
 ROOT = Path(__file__).resolve().parents[1]
-SLIME = Path("~/slime").expanduser()
-MEGATRON = Path("~/Megatron-LM").expanduser()
 
 SHOW = """
 import json, sys
@@ -293,13 +291,10 @@ def test_plugins_with_no_name_are_not_silently_none(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(tmp_path_factory, slime, megatron):
     """A copy of the real slime that may be changed, with a train.py that only says what it sees."""
-    for checkout in (SLIME / "slime", MEGATRON / "megatron"):
-        if not checkout.is_dir():
-            pytest.skip(f"no upstream checkout: {checkout.parent}")
     folder = tmp_path_factory.mktemp("real")
-    shutil.copytree(SLIME / "slime", folder / "slime", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(slime / "slime", folder / "slime", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "train.py").write_text(
         "import json, os, sys\n"
         "upstream = [name for name in ('slime', 'megatron', 'torch', 'ray', 'sglang') if name in sys.modules]\n"
@@ -309,9 +304,9 @@ def real(tmp_path_factory):
 
 
 @pytest.mark.upstream
-def test_with_plugins_the_script_runs_with_their_default_flags_in_front(real):
+def test_with_plugins_the_script_runs_with_their_default_flags_in_front(real, megatron):
     command = slime_train_command("--plugins", "r3", "--lr", "1", "--plugins=metrics")
-    done = run(command, real, [real, MEGATRON])
+    done = run(command, real, [real, megatron])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [["--use-rollout-routing-replay", "--lr", "1"], [], None]
     assert "slime-train: plugins metrics_jsonl 0.1.0, r3_replay 0.1.0 [" in done.stderr
@@ -319,8 +314,8 @@ def test_with_plugins_the_script_runs_with_their_default_flags_in_front(real):
 
 
 @pytest.mark.upstream
-def test_with_cpu_rehearsal_its_environment_is_there(real):
-    done = run(slime_train_command("--plugins", "cpu"), real, [real, MEGATRON])
+def test_with_cpu_rehearsal_its_environment_is_there(real, megatron):
+    done = run(slime_train_command("--plugins", "cpu"), real, [real, megatron])
     assert done.returncode == 0, done.stderr
     argv, imported, environment = json.loads(done.stdout)
     assert "--transformer-impl" in argv
@@ -347,14 +342,14 @@ def test_with_cpu_rehearsal_its_environment_is_there(real):
     ],
     ids=["renamed", "other arguments"],
 )
-def test_an_upstream_that_does_not_fit_ends_before_the_script(real, tmp_path, file, old, new, target):
+def test_an_upstream_that_does_not_fit_ends_before_the_script(real, megatron, tmp_path, file, old, new, target):
     shutil.copytree(real / "slime", tmp_path / "slime")
     path = tmp_path / "slime" / file
     source = path.read_text()
     assert old in source, "the test renames what is there"
     path.write_text(source.replace(old, new))
     (tmp_path / "train.py").write_text("print('must not run')")
-    done = run(slime_train_command("--plugins", "r3"), tmp_path, [tmp_path, MEGATRON])
+    done = run(slime_train_command("--plugins", "r3"), tmp_path, [tmp_path, megatron])
     assert done.returncode == 1
     assert target in done.stderr
     assert "nothing was changed and nothing was started" in done.stderr
