@@ -13,30 +13,28 @@ import math
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import click
 import psutil  # type: ignore[import-untyped]
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from miles_plugins.console import Interrupted, interruptible, number, percent, read_metrics, steps_of, table
 from miles_plugins.cpu_rehearsal import toy_task
 from miles_plugins.cpu_rehearsal.tiny_model import TinyModel, write_tiny_model
 from miles_plugins.errors import ArgumentError, PluginError, UpstreamError
@@ -331,50 +329,7 @@ def _command_line(process: psutil.Process) -> str:
         return ""
 
 
-class Interrupted(BaseException):
-    """A signal asked us to end. Not an Exception, so that no handler on the way swallows it."""
-
-    def __init__(self, signal_number: int) -> None:
-        self.signal_number = signal_number
-        super().__init__(signal.Signals(signal_number).name)
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Raise Interrupted on Ctrl-C, SIGTERM and hang-up, until the function it gives is called: from then, ignore them.
-
-    Outside the main thread Python allows no signal handlers, and this does nothing.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
-                before[number] = signal.signal(number, interrupt)
-
-    def ignore() -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-
-    try:
-        yield ignore
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # -- what the run left behind -----------------------------------------------------------------------------------------
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The complete lines of metrics.jsonl so far: {"time", "step_key", "metrics"}; all metrics are numbers, or nan."""
-    with suppress(FileNotFoundError), open(file, encoding="utf-8") as lines:
-        entries = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
-        return [{**e, "metrics": {name: float(value) for name, value in e["metrics"].items()}} for e in entries]
-    return []
 
 
 def read_processes(file: Path) -> list[dict[str, Any]]:
@@ -382,15 +337,6 @@ def read_processes(file: Path) -> list[dict[str, Any]]:
     with suppress(FileNotFoundError, json.JSONDecodeError):  # not yet there, or not yet all of it
         return list(json.loads(file.read_text(encoding="utf-8")))
     return []
-
-
-def steps_of(metrics: Sequence[Mapping[str, Any]], step_key: str) -> dict[int, dict[str, Any]]:
-    """Everything logged under one step key, merged by step: slime logs a step in several records."""
-    steps: dict[int, dict[str, Any]] = defaultdict(dict)
-    for record in metrics:
-        if record["step_key"] == step_key:
-            steps[int(record["metrics"][step_key])].update(record["metrics"], time=record["time"])
-    return dict(steps)
 
 
 def rollout_rows(metrics: Sequence[Mapping[str, Any]], begun: float) -> list[dict[str, Any]]:
@@ -448,7 +394,7 @@ def _judge_steps(metrics: Sequence[Mapping[str, Any]], rollouts: int, *, replays
             reasons.append(f"rollout {step}: the gradient norm is {grad_norm}, not a positive number")
         coverage = {**collected.get(step, {}), **values}.get("train/r3/coverage")
         if replays and coverage != 1.0:
-            reasons.append(f"rollout {step}: {_percent(coverage)} of the routing was replayed, not 100 %")
+            reasons.append(f"rollout {step}: {percent(coverage)} of the routing was replayed, not 100 %")
     return reasons
 
 
@@ -614,18 +560,18 @@ class Display:
 def tables(outcome: Outcome) -> Iterator[Table]:
     """The rollouts, the processes, the patches that are not verified, and what the probes found."""
     if outcome.rows:
-        yield _table(
+        yield table(
             "Rollouts",
             ["rollout", "reward", "grad norm", "log-prob difference", "replayed", "routed differently", "seconds"],
             [
                 [
                     str(row["rollout"]),
-                    _number(row["reward"], ".3f"),
-                    _number(row["grad_norm"], ".3f"),
-                    _number(row["logprob_difference"], ".6f"),
-                    _percent(row["replay_coverage"]),
-                    _percent(row["routing_difference"]),
-                    _number(row["seconds"], ".1f"),
+                    number(row["reward"], ".3f"),
+                    number(row["grad_norm"], ".3f"),
+                    number(row["logprob_difference"], ".6f"),
+                    percent(row["replay_coverage"]),
+                    percent(row["routing_difference"]),
+                    number(row["seconds"], ".1f"),
                 ]
                 for row in outcome.rows
             ],
@@ -636,7 +582,7 @@ def tables(outcome: Outcome) -> Iterator[Table]:
     plugins = outcome.processes[0]["plugins"]  # the same everywhere, or the rehearsal failed
     names = ", ".join(f"{name} {version}" for name, version in plugins.items())
     evidence = [", ".join(map(str, process.get("probes", {}).values())) for process in outcome.processes]
-    yield _table(
+    yield table(
         f"Every process runs {names}",
         ["process", "pid", "patches", "the plugins' evidence"],
         [
@@ -645,7 +591,7 @@ def tables(outcome: Outcome) -> Iterator[Table]:
         ],
     )
     if rows := _not_verified(outcome.processes):
-        yield _table("Patches that are not verified", ["patch", "state", "in"], rows)
+        yield table("Patches that are not verified", ["patch", "state", "in"], rows)
 
 
 def _states(process: Mapping[str, Any]) -> str:
@@ -668,26 +614,6 @@ def _not_verified(processes: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         if state == "armed" and patch not in used
     }
     return [[patch, state, ", ".join(found)] for (patch, state), found in rows.items()]
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if numbers else "left")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _percent(share: float | None) -> str:
-    """A share of 1 as a percentage that says 100 only if it is."""
-    if share is None:
-        return "–"
-    return "100 %" if share == 1 else f"{min(100 * share, 99.999) if share < 1 else 100 * share:.3f} %"
 
 
 def to_json(outcome: Outcome, folder: Path) -> str:
@@ -931,8 +857,8 @@ def present(
         click.echo(to_json(outcome, rehearsal.folder))
         return outcome.exit_code
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for table in tables(outcome):
-        console.print(table)
+    for shown in tables(outcome):
+        console.print(shown)
     if outcome.exit_code == 0:
         console.print(f"[green]The rehearsal passed[/] in {outcome.seconds:.0f} s: {escape(str(rehearsal.folder))}")
     else:

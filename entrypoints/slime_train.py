@@ -1,6 +1,7 @@
 """`slime-train --plugins a,b [--train-script PATH] <slime flags>`: the user's own train.py, with plugins.
 
-Without --plugins it is `python train.py`, and nothing of ours happens.
+Without --plugins it is `python train.py`, and nothing of ours happens. With --embedded a small trainer of our own runs
+in slime's place.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from pathlib import Path
 from miles_plugins.errors import ArgumentError, PluginError, UpstreamError
 
 USAGE = """usage: slime-train [--plugins NAME[,NAME…]] [--train-script PATH] <slime flags>
+       slime-train --embedded [--plugins NAME[,NAME…]] <flags>
 
   --plugins        plugins to turn on, by full or short name (r3 or r3_replay); `miles-plugins list` shows them
   --train-script   slime's train.py or train_async.py, or your own driver; by default the one beside the installed
                    slime, else $SLIME_HOME/train.py, else ./train.py
+  --embedded       no slime: a small GRPO trainer in this process, to see plugins work on any machine;
+                   `slime-train --embedded --help` shows its flags
   --allow-flag     a flag that slime does not know and your script reads by itself (may be given several times)
   --plugins-help   this text
 
@@ -35,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE)
         return
     try:
+        if own.embedded:
+            sys.exit(_run_embedded(own, flags))
         _run(own, flags)
     except Exception as error:
         known = plugin_error(error)
@@ -50,19 +56,36 @@ def _split(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--plugins", action="append", default=[])
     parser.add_argument("--train-script")
     parser.add_argument("--allow-flag", action="append", default=[])
+    parser.add_argument("--embedded", action="store_true")
     parser.add_argument("--plugins-help", action="store_true")
     return parser.parse_known_args(argv)
 
 
-def _run(own: argparse.Namespace, flags: list[str]) -> None:
-    from miles_plugins.compat.upstream import find_train_script, slime_problem
+def _run_embedded(own: argparse.Namespace, flags: list[str]) -> int:
+    from miles_plugins.embedded.command import main as embedded_main
 
+    names = _named(own)
+    unfit = {"--train-script": own.train_script, "--allow-flag": ", ".join(own.allow_flag)}
+    if any(unfit.values()):
+        raise ArgumentError("--embedded runs no train script", unfit, "leave these flags out")
+    return embedded_main(names, flags)
+
+
+def _named(own: argparse.Namespace) -> list[str]:
+    """The names in --plugins, all of them known."""
     names = [name.strip() for value in own.plugins for name in value.split(",")]
     if "" in names:
         raise ArgumentError(
             "--plugins has an empty name", {"found": own.plugins}, "leave it out, or all of --plugins to train without"
         )
     refuse_slips(names, own.argv, own.allow_flag)
+    return names
+
+
+def _run(own: argparse.Namespace, flags: list[str]) -> None:
+    from miles_plugins.compat.upstream import find_train_script, slime_problem
+
+    names = _named(own)
     script = find_train_script(own.train_script)
     if script is None:
         problem = None if own.train_script else slime_problem()

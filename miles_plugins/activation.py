@@ -14,7 +14,7 @@ from typing import Any
 
 from miles_plugins.errors import AttestationError, PluginError
 from miles_plugins.manager import Plugins
-from miles_plugins.patches.seam import Seam, needed_seams, patch_set
+from miles_plugins.patches.seam import SLIME, Host, Seam, needed_seams, patch_set
 from miles_plugins.patching import State, check_statically
 
 ACTIVE = "MILES_PLUGINS"  # names of the active plugins, comma-separated
@@ -28,12 +28,12 @@ USER_SETUP_HOOK = "MILES_PLUGINS_USER_SETUP_HOOK"  # a Ray setup hook of the use
 class Activation:
     """The plugin layer of this process."""
 
-    def __init__(self, plugins: Plugins, role: str, run: str) -> None:
+    def __init__(self, plugins: Plugins, role: str, run: str, host: Host = SLIME) -> None:
         self.plugins = plugins
         self.role = role
         self.run = run
         self.rank: str | None = None
-        self.seams: list[Seam] = needed_seams(plugins)
+        self.seams: list[Seam] = needed_seams(plugins, host)
         self.patches = patch_set(seam for seam in self.seams if seam.needed_in(role))
         self.probes: dict[str, str] = {}
         self.allowed_flags: tuple[str, ...] = ()  # flags that no parser of slime's knows and that may pass
@@ -122,7 +122,9 @@ def is_active() -> bool:
     return _current is not None
 
 
-def activate(names: Sequence[str], role: str, environment: Mapping[str, str] = os.environ) -> Activation:
+def activate(
+    names: Sequence[str], role: str, environment: Mapping[str, str] = os.environ, host: Host = SLIME
+) -> Activation:
     """Select plugins and arm their patches; the second call in a process returns the first's result.
 
     Raises:
@@ -149,7 +151,7 @@ def activate(names: Sequence[str], role: str, environment: Mapping[str, str] = o
             },
             "install the same versions of miles-plugins and of every plugin on every node",
         )
-    _current = Activation(plugins, role, environment.get(RUN) or uuid.uuid4().hex[:12])
+    _current = Activation(plugins, role, environment.get(RUN) or uuid.uuid4().hex[:12], host)
     try:
         _current.patches.arm()
     except BaseException:

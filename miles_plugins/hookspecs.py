@@ -9,7 +9,8 @@ Each docstring says when the hook is called, in which process, and with what. Pr
 * `sglang_server`, `sglang_scheduler`, `sglang_detokenizer`: the processes of that server;
 * `trainer`: slime's `MegatronTrainRayActor`, one a rank.
 
-`args` is always slime's own argument namespace.
+`args` is slime's own argument namespace. Under `slime-train --embedded` one process is the driver, the rollout manager,
+the engine and the trainer; `args` then has slime's names as far as that host has them.
 """
 
 from __future__ import annotations
@@ -161,6 +162,30 @@ def select_experts(
 
     `scores` is [tokens, experts], floating point, with gradient; `choose()` gives Megatron's own choice. Return
     `(probabilities [tokens, topk], indices [tokens, topk] int64)`; the probabilities carry the gradient.
+    """
+
+
+@hookspec
+def export_weights(
+    args: Namespace, named_tensors: Sequence[tuple[str, torch.Tensor]]
+) -> Sequence[tuple[str, torch.Tensor]] | None:
+    """Weights leave the trainer for the rollout engine (trainer), a batch at a time.
+
+    `named_tensors` is what one Megatron parameter became: Hugging Face checkpoint names with full (gathered) tensors on
+    the trainer's device, already quantized if `--hf-checkpoint` is. Return the whole batch as the engine shall receive
+    it: other values or dtypes, further tensors such as scales; None leaves it. Each plugin is given what the one before
+    returned. Return new, contiguous tensors: those given may be the very parameters that are trained, and changing them
+    is an error.
+
+    Called on the ranks that send: every rank with `--colocate`, over nccl one a pipeline stage, to disk one a node. So
+    use no collectives, and let the same weights give the same result on each. MLA's `q_a_proj` and `kv_a_proj_with_mqa`
+    come as one batch.
+
+    Covered is every way of slime's: colocated, nccl, disk, disk deltas; and `--save-hf`, which writes what the engine
+    would receive, beside the unchanged config.json of `--hf-checkpoint`. Not covered is what an engine loads when it
+    starts: the first sync replaces that before the first rollout. Only with `--update-weight-mode delta` the first sync
+    sends nothing; and there names, shapes and dtypes must stay those of `--hf-checkpoint`. Frozen models beside the
+    trained one are never sent.
     """
 
 

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -262,6 +262,28 @@ class Plugins:
         for plugin in self.plugins:
             if (answer := self.ask(plugin, hook, **arguments)) is not None:
                 yield plugin.name, answer
+
+    def chain(
+        self,
+        hook: str,
+        argument: str,
+        value: Any,
+        check: Callable[[str, Any], None] | None = None,
+        /,
+        **arguments: Any,
+    ) -> Any:
+        """Pass one value through a hook, plugin by plugin, in order.
+
+        Each gets as `argument` what the one before returned; None leaves it. `check` is given each plugin's name and
+        answer, and raises if the next plugin cannot take it.
+        """
+        for plugin in self.plugins:
+            answer = self.ask(plugin, hook, **{argument: value}, **arguments)
+            if answer is not None:
+                if check is not None:
+                    check(plugin.name, answer)
+                value = answer
+        return value
 
     @property
     def names(self) -> list[str]:

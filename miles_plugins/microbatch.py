@@ -1,4 +1,4 @@
-"""Which microbatch is running right now, in the forward pass and when activations are recomputed.
+"""Which pass and which microbatch is running right now, in the forward pass and when activations are recomputed.
 
 Pipelines run forwards and backwards of several microbatches interleaved, and recomputation happens inside a backward.
 So the current microbatch is captured where a checkpointed function is first called, and set again where it is called
@@ -7,7 +7,9 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,28 @@ def current_microbatch() -> Microbatch | None:
 def set_current(microbatch: Microbatch | None) -> None:
     """The forward pass of this microbatch begins (or, with None, the pass ended)."""
     _current.set(microbatch)
+
+
+@contextmanager
+def announced_pass(hook: Any, args: Namespace, stage: str, model: Sequence[Any]) -> Iterator[None]:
+    """A pass over all microbatches, between the hooks `pass_begins` and `pass_ends`, which are always paired."""
+    try:
+        hook.pass_begins(args=args, stage=stage, model=model)
+        yield
+    except BaseException as error:
+        hook.pass_ends(args=args, stage=stage, model=model, error=error)
+        raise
+    else:
+        hook.pass_ends(args=args, stage=stage, model=model, error=None)
+    finally:
+        set_current(None)
+
+
+def begin_microbatch(hook: Any, args: Namespace, batch: dict[str, Any], positions: torch.Tensor) -> None:
+    """The forward pass of one microbatch begins: see `Microbatch` for its parts."""
+    microbatch = Microbatch(batch, positions)
+    set_current(microbatch)
+    hook.microbatch_begins(args=args, microbatch=microbatch)
 
 
 def bind(function: Callable[..., Any]) -> Callable[..., Any]:

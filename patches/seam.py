@@ -1,4 +1,4 @@
-"""A seam: one place in upstream where plugins may act."""
+"""A seam: one place in upstream where plugins may act; a host: what runs the training loop, and the seams it has."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ MODULES = (
     "miles_plugins.patches.slime.processes",
     "miles_plugins.patches.slime.rollout_manager",
     "miles_plugins.patches.slime.training",
+    "miles_plugins.patches.slime.weights",
     "miles_plugins.patches.slime.metrics",
     "miles_plugins.patches.megatron.router",
     "miles_plugins.patches.megatron.recompute",
@@ -27,6 +28,27 @@ MODULES = (
     "miles_plugins.patches.slime.cpu",
     "miles_plugins.patches.sglang.cpu",
 )
+
+
+@dataclass(frozen=True)
+class Host:
+    """What runs the training loop: slime, reached by patches, or the embedded trainer, which calls most hooks itself.
+
+    Attributes:
+        modules: where its seams are.
+        always: hooks whose seams the host needs for itself, also when no plugin implements them.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    always: frozenset[str] = frozenset()
+
+
+SLIME = Host("slime", MODULES)
+# Megatron's local modules do not train packed sequences by themselves, on any device: hence `choose_device`, always.
+_EMBEDDED = tuple(f"miles_plugins.patches.megatron.{module}" for module in ("router", "recompute", "cpu"))
+EMBEDDED_ON_GPU = Host("embedded", _EMBEDDED, always=frozenset({"choose_device"}))
+EMBEDDED_ON_CPU = Host("embedded", (*_EMBEDDED, "miles_plugins.patches.torch.cpu"), always=EMBEDDED_ON_GPU.always)
 
 
 @dataclass(frozen=True)
@@ -49,14 +71,14 @@ class Seam:
         return not self.only_in or role in self.only_in
 
 
-def all_seams() -> list[Seam]:
+def all_seams(host: Host = SLIME) -> list[Seam]:
     """Every seam; importing them imports nothing of upstream."""
-    return [seam for module in MODULES for seam in import_module(module).SEAMS]
+    return [seam for module in host.modules for seam in import_module(module).SEAMS]
 
 
-def needed_seams(plugins: Plugins) -> list[Seam]:
-    """The seams that some selected plugin acts through."""
-    return [seam for seam in all_seams() if seam.needed_by(plugins)]
+def needed_seams(plugins: Plugins, host: Host = SLIME) -> list[Seam]:
+    """The seams that some selected plugin, or the host itself, acts through."""
+    return [seam for seam in all_seams(host) if seam.needed_by(plugins) or not host.always.isdisjoint(seam.hooks)]
 
 
 def patch_set(seams: Iterable[Seam]) -> PatchSet:

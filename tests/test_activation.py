@@ -168,7 +168,7 @@ def layer(monkeypatch):
     """The plugin layer of a process with one made-up plugin, and with given patches only."""
 
     def make(*patches: Patch, role: str = "trainer", **implementations) -> Activation:
-        monkeypatch.setattr(activation, "needed_seams", lambda plugins: [])
+        monkeypatch.setattr(activation, "needed_seams", lambda plugins, host: [])
         made = Activation(plugins(**implementations), role, "run")
         made.patches = PatchSet(*patches)
         monkeypatch.setattr(activation, "_current", made)
@@ -233,7 +233,7 @@ def test_check_collects_notes_of_every_role_and_raises_for_a_misfit(layer, monke
 def test_what_plugins_want_in_an_environment_never_overrides_the_users(monkeypatch):
     monkeypatch.setenv("OF_THE_USER", "mine")
     monkeypatch.delenv("NEW", raising=False)
-    monkeypatch.setattr(activation, "needed_seams", lambda plugins: [])
+    monkeypatch.setattr(activation, "needed_seams", lambda plugins, host: [])
     wants = plugins(process_environment=lambda role: {"OF_THE_USER": "yours", "NEW": role})
     made = Activation(wants, "driver", "run")
     assert made.process_environment("trainer") == {"NEW": "trainer"}

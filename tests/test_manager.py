@@ -328,6 +328,56 @@ def test_ask_each_says_who_answered_and_gives_each_only_what_it_wants():
     assert list(plugins.ask_each("probe", role="trainer")) == [("b", "works as trainer")]
 
 
+def adding(word: str):
+    """An implementation of a hook that is given a value and returns another."""
+
+    @hookimpl(specname="default_flags")
+    def add(flags):
+        return None if word == "nothing" else [*flags, word]
+
+    return {"add": add}
+
+
+@pytest.mark.parametrize("named", list(itertools.permutations("abc")))
+def test_a_value_goes_through_the_plugins_in_their_order(named):
+    declared = {"a": {"REQUIRES": ("c",)}}
+    plugins = Plugins([plugin(name, **adding(name), **declared.get(name, {})) for name in named])
+    assert plugins.chain("default_flags", "flags", ["given"]) == ["given", *plugins.names]
+    assert plugins.names.index("c") < plugins.names.index("a")
+
+
+def test_a_plugin_without_an_answer_leaves_the_value_to_the_next():
+    plugins = Plugins(
+        [plugin("a", **adding("1")), plugin("b", **adding("nothing")), plugin("c"), plugin("d", **adding("2"))]
+    )
+    assert plugins.chain("default_flags", "flags", []) == ["1", "2"]
+    given = []
+    assert Plugins([plugin("b", **adding("nothing"))]).chain("default_flags", "flags", given) is given
+    assert Plugins([]).chain("default_flags", "flags", given) is given
+
+
+def test_each_answer_of_a_chain_is_checked_before_the_next_plugin_has_it():
+    checked = []
+    plugins = Plugins([plugin("a", **adding("1")), plugin("b", **adding("nothing")), plugin("c", **adding("2"))])
+    plugins.chain("default_flags", "flags", [], lambda name, answer: checked.append((name, answer)))
+    assert checked == [("a", ["1"]), ("c", ["1", "2"])]
+
+    def refuse(name, answer):
+        raise PluginError(f"{name}: {answer}")
+
+    with pytest.raises(PluginError, match=r"a: \['1'\]"):
+        plugins.chain("default_flags", "flags", [], refuse)
+
+
+def test_the_other_arguments_of_a_chained_hook_are_the_same_for_all():
+    @hookimpl
+    def export_weights(args, named_tensors):
+        return [*named_tensors, args]
+
+    plugins = Plugins([plugin(name, export_weights=export_weights) for name in "ab"])
+    assert plugins.chain("export_weights", "named_tensors", (0,), args="x") == [0, "x", "x"]
+
+
 def test_a_wrapper_is_not_taken_for_an_answer():
     """pluggy's wrappers are generators around the others' answers, and no answers themselves."""
 

@@ -27,6 +27,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from miles_plugins.console import Interrupted, read_metrics
 from miles_plugins.cpu_rehearsal.tiny_model import TinyModel
 from miles_plugins.entrypoints import rehearse as module
 from miles_plugins.entrypoints.rehearse import (
@@ -215,11 +216,11 @@ def test_rows_merge_a_steps_records_and_time_from_the_last() -> None:
 
 def test_half_written_files_are_read_as_far_as_they_go(tmp_path: Path) -> None:
     metrics, processes = tmp_path / "metrics.jsonl", tmp_path / "processes.json"
-    assert module.read_metrics(metrics) == module.read_processes(processes) == []
+    assert read_metrics(metrics) == module.read_processes(processes) == []
     lines = "".join(json.dumps(record) + "\n" for record in metrics_of(1))
     metrics.write_text(lines[:-10])
     processes.write_text(json.dumps(processes_of())[:-10])
-    assert module.read_metrics(metrics) == metrics_of(1)[:-1]
+    assert read_metrics(metrics) == metrics_of(1)[:-1]
     assert module.read_processes(processes) == []
 
 
@@ -227,7 +228,7 @@ def test_a_loss_that_is_no_number_fails_the_rehearsal(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     numbers = {"train/step": 0, "train/grad_norm": "nan"}
     file.write_text(json.dumps({"time": 1.0, "step_key": "train/step", "metrics": numbers}) + "\n")
-    reasons = module._judge_steps(module.read_metrics(file), 1, replays=False)
+    reasons = module._judge_steps(read_metrics(file), 1, replays=False)
     assert any("nan" in reason for reason in reasons)
 
 
@@ -671,7 +672,7 @@ def test_an_interruption_after_slime_ended_counts(rehearsal: Rehearsal, monkeypa
     def interrupt(rehearsal: Rehearsal, alive: list[psutil.Process]) -> tuple[Phase, int]:
         if alive:
             return Phase.SLIME, 0
-        raise module.Interrupted(signal.SIGINT)
+        raise Interrupted(signal.SIGINT)
 
     monkeypatch.setattr(module, "_progress", interrupt)
     rehearsal.folder.mkdir()
@@ -679,16 +680,6 @@ def test_an_interruption_after_slime_ended_counts(rehearsal: Rehearsal, monkeypa
         outcome = module.conduct(rehearsal, display, command=fake_slime("good"), with_ray=False)
     assert outcome.exit_code == 130
     assert outcome.reasons == ["interrupted by SIGINT; it was starting slime"]
-
-
-def test_the_handlers_are_given_back() -> None:
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background run has it ignored
-    try:
-        with module.interruptible():
-            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, outside)
 
 
 FAKE_SLIME_ON_RAY = """
@@ -800,11 +791,3 @@ def test_patches_that_are_not_verified_are_named() -> None:
     assert "Patches that are not verified" in text
     (row,) = [line for line in text.splitlines() if "failed" in line and "router" in line]
     assert row.split()[-2:] == ["trainer", "0"]
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(None, "–"), (1.0, "100 %"), (0.9999999, "99.999 %"), (0.5, "50.000 %"), (0.0, "0.000 %"), (1.5, "150.000 %")],
-)
-def test_only_all_is_100_percent(share: float | None, text: str) -> None:
-    assert module._percent(share) == text

@@ -132,7 +132,10 @@ def test_every_hook_is_connected():
 
 
 def calls_of_hooks() -> Iterator[tuple[str, str, set[str]]]:
-    """Every `….hook.name(argument=…)` and `ask_each("name", argument=…)` in the layer: file, hook, argument names."""
+    """Every call of a hook in the layer: file, hook, argument names.
+
+    Written `….hook.name(argument=…)`, `ask_each("name", argument=…)` or `chain("name", "argument", …, argument=…)`.
+    """
     for folder in ("patches", "entrypoints", "miles_plugins"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text())):
@@ -144,6 +147,8 @@ def calls_of_hooks() -> Iterator[tuple[str, str, set[str]]]:
                     yield f"{file.name}:{node.lineno}", node.func.attr, keywords
                 elif node.func.attr == "ask_each" and isinstance(node.args[0], ast.Constant):
                     yield f"{file.name}:{node.lineno}", node.args[0].value, keywords
+                elif node.func.attr == "chain" and isinstance(node.args[0], ast.Constant):
+                    yield f"{file.name}:{node.lineno}", node.args[0].value, keywords | {node.args[1].value}
 
 
 def test_every_hook_is_called_with_just_its_arguments():

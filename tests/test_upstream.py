@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,55 @@ def probe(role):
     error = json.loads(result.stdout)["error"]
     assert "this scheduler is not what it should be" in error, error
     assert json.loads(result.stdout)["rollouts"] == []
+
+
+ZERO_HEAD = """
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+@hookimpl
+def export_weights(named_tensors):
+    with (FOLDER / "sent").open("a") as file:
+        file.writelines(f"{name}\\n" for name, _ in named_tensors)
+    return [(name, tensor * 0 if name == "lm_head.weight" else tensor) for name, tensor in named_tensors]
+
+
+@hookimpl
+def collect_train_data(train_data):
+    (FOLDER / "log_probs").write_text(repr(train_data["rollout_log_probs"]))
+"""
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_the_engine_runs_the_weights_that_a_plugin_exported(slime: Path, megatron: Path, tmp_path: Path) -> None:
+    """With a head of zeros, all of the 128 tokens are equally likely: to the engine, and in what is saved."""
+    path = third_party(tmp_path, "zero_head", ZERO_HEAD)
+    save = f"--save {tmp_path}/saved --save-interval 1 --no-save-optim --save-hf {tmp_path}/hf-{{rollout_id}}"
+    options = ["--plugins", "zero_head", "--rollouts", "1", "--", *save.split()]
+    result = rehearse(slime, megatron, tmp_path / "run", *options, path=path)
+    assert result.returncode == 0, result.stderr + (tmp_path / "run" / "slime.log").read_text()[-4000:]
+    log_probs = [each for sample in json.loads((tmp_path / "log_probs").read_text()) for each in sample]
+    assert len(log_probs) > 32
+    assert log_probs == pytest.approx([-math.log(128)] * len(log_probs), abs=1e-6)
+
+    from safetensors.torch import load_file
+
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    sent = Counter((tmp_path / "sent").read_text().split())
+    assert set(sent) == set(trained)
+    assert len(set(sent.values())) == 1, "every weight is sent as often as any other"
+    saved = {
+        name: weight for file in (tmp_path / "hf-0").glob("*.safetensors") for name, weight in load_file(file).items()
+    }
+    assert set(saved) == set(trained)
+    assert {name for name, weight in saved.items() if not weight.any()} == {"lm_head.weight"}
+    answer = json.loads(result.stdout)
+    trainer = next(process for process in answer["processes"] if process["role"] == "trainer")
+    states = {patch["id"]: patch["state"] for patch in trainer["patches"]}
+    assert states["slime.weights.export"] == "verified"
+    assert answer["rollouts"][0]["logprob_difference"] > 0.05, "the trainer's own head is no head of zeros"
 
 
 TORCHVISION = """

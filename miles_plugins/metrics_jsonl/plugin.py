@@ -26,13 +26,13 @@ def configure(args: Namespace) -> None:
 
 @hookimpl
 def metrics_logged(args: Namespace, metrics: Mapping[str, Any], step_key: str) -> None:
-    numbers = {name: number for name, value in metrics.items() if (number := _number(value)) is not None}
+    numbers = {name: number for name, value in metrics.items() if (number := json_number(value)) is not None}
     line = json.dumps({"time": time.time(), "step_key": step_key, "metrics": numbers})
     with args.metrics_jsonl.open("a") as file:
         file.write(line + "\n")  # one short write: lines of several processes do not mix
 
 
-def _number(value: Any) -> float | str | None:
+def json_number(value: Any) -> float | str | None:
     """What JSON can hold: a number, or the name of one that it cannot (nan, inf); None for what is no single number."""
     try:
         number = float(value)

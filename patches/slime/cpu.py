@@ -1,12 +1,14 @@
-"""Let slime exchange weights with Megatron-LM's local modules (hook: choose_device)."""
+"""Let slime's trainer run on the CPU and exchange weights with Megatron-LM's local modules (hook: choose_device)."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from miles_plugins.patches.seam import Seam
+from miles_plugins.patches.torch.cpu import device_mode
 from miles_plugins.patching import Patch
 
 _LOCAL_EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$")
@@ -45,11 +47,35 @@ def named_params_and_buffers(
     return ((transformer_engine_name(name, offset), parameter) for name, parameter in named)
 
 
+def enter_device_mode(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+    """The mode belongs to a thread; slime's actor does all its work in the one that builds it."""
+    # Megatron initialises weights under its CUDA random state and warns, for each, that the CPU's has moved: it has.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    device_mode().__enter__()
+    original(self, *args, **kwargs)
+
+
 def leave_torch_distributed_alone(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """slime's reloadable groups serve offloading, which needs a GPU; they do not forward newer torch's collectives."""
 
 
 SEAMS = (
+    Seam(
+        name="device of the trainer",
+        hooks=("choose_device",),
+        only_in=frozenset({"driver", "trainer"}),
+        patches=(
+            Patch(
+                id="slime.cpu.device-mode",
+                target="slime.ray.train_actor:TrainRayActor.__init__",
+                wrap=enter_device_mode,
+                roles=frozenset({"trainer"}),
+                reason='Megatron-LM writes device="cuda" in its code',
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/ray/train_actor.py",
+                retire_when="Megatron-LM runs without a GPU",
+            ),
+        ),
+    ),
     Seam(
         name="plain process groups",
         hooks=("choose_device",),

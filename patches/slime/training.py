@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_plugins.activation import current
 from miles_plugins.errors import UpstreamError
-from miles_plugins.microbatch import Microbatch, set_current
+from miles_plugins.microbatch import announced_pass, begin_microbatch
 from miles_plugins.patches.seam import Seam
 from miles_plugins.patching import Patch
 
@@ -58,18 +58,11 @@ def fill_routing_replay(
 
 @contextmanager
 def _pass(args: Any, stage: str, model: Sequence[Any]) -> Iterator[None]:
-    hook = current().hook
     token = _args.set(args)
     try:
-        hook.pass_begins(args=args, stage=stage, model=model)
-        yield
-    except BaseException as error:
-        hook.pass_ends(args=args, stage=stage, model=model, error=error)
-        raise
-    else:
-        hook.pass_ends(args=args, stage=stage, model=model, error=None)
+        with announced_pass(current().hook, args, stage, model):
+            yield
     finally:
-        set_current(None)
         _args.reset(token)
 
 
@@ -111,9 +104,7 @@ def get_batch(original: Callable[..., Any], data_iterator: Any, keys: Sequence[s
     hook = current().hook
     wanted = [key for keys_of_one in hook.microbatch_keys(args=args) for key in keys_of_one]
     batch = original(data_iterator, [*keys, *(key for key in wanted if key not in keys)], *rest, **kwargs)
-    microbatch = Microbatch(batch, local_tokens(args, token_positions(args, batch)))
-    set_current(microbatch)
-    hook.microbatch_begins(args=args, microbatch=microbatch)
+    begin_microbatch(hook, args, batch, local_tokens(args, token_positions(args, batch)))
     return batch
 
 

@@ -7,7 +7,6 @@ answered here. Nothing computes differently: the answers are "nothing to do" or 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -191,14 +190,6 @@ def device_mode() -> Any:
     return CpuMode()
 
 
-def enter_device_mode(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
-    """The mode belongs to a thread; slime's actor does all its work in the one that builds it."""
-    # Megatron initialises weights under its CUDA random state and warns, for each, that the CPU's has moved: it has.
-    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-    device_mode().__enter__()
-    original(self, *args, **kwargs)
-
-
 def known_operators(original: Callable[..., Any], op: Any, *args: Any, **kwargs: Any) -> Any:
     """torchvision's CUDA build names operators that its library, which cannot be loaded here, would have defined."""
     import torch
@@ -285,13 +276,6 @@ SEAMS = (
             _patch("module-cuda", "torch.nn.modules.module:Module.cuda", _NO_QUESTION, wrap=_stay),
             _patch("init-group", "torch.distributed.distributed_c10d:init_process_group", _NCCL, wrap=gloo_group),
             _patch("new-group", "torch.distributed.distributed_c10d:new_group", _NCCL, wrap=gloo_group),
-            _patch(
-                "device-mode",
-                "slime.ray.train_actor:TrainRayActor.__init__",
-                wrap=enter_device_mode,
-                reason='Megatron-LM writes device="cuda" in its code',
-                roles=("trainer",),
-            ),
         ),
     ),
     Seam(

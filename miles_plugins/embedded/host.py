@@ -1,0 +1,225 @@
+"""One run of the embedded host: engine and policy of the same weights, rollouts, training, weight sync.
+
+The hooks are called at the moments at which slime's patches call them, in the order in which slime gets there.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from miles_plugins import attestation, weights
+from miles_plugins.activation import Activation
+from miles_plugins.embedded import checkpoint
+from miles_plugins.embedded.engine import RolloutEngine, ServerArgs
+from miles_plugins.embedded.policy import build_policy, load_weights, named_batches
+from miles_plugins.embedded.recorder import Recorder
+from miles_plugins.embedded.results import ROLLOUT_OF_TRAIN_STEP, ROLLOUT_STEP, TRAIN_STEP, RolloutResult
+from miles_plugins.embedded.samples import Prompts, Sample, Status, fill, give_rewards, load_reward, to_train_data
+from miles_plugins.embedded.trainer import Trainer
+from miles_plugins.errors import ArgumentError, AttestationError
+
+if TYPE_CHECKING:
+    import torch
+
+ROLES = ("driver", "rollout_manager", "trainer")  # what this one process is to the plugins, in slime's words
+PATIENCE = 3  # rollouts that may pass before the first one that anything can be learnt from
+SHAPE = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("vocab_size", "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_layer_freq", "rotary_base"),
+)
+
+
+class EmbeddedRun:
+    """Everything that lives as long as one run."""
+
+    def __init__(self, args: Namespace, activation: Activation, device: torch.device) -> None:
+        """Load what `args.hf_checkpoint` holds into engine and policy, let plugins probe both, and compare.
+
+        Raises:
+            PluginError: a plugin or a patch does not work here; the run must not begin.
+            ArgumentError: a mistake in what the user gave.
+        """
+        self.args, self._activation, self._hook = args, activation, activation.hook
+        self._prompts = Prompts(args)
+        self._reward = load_reward(args.custom_rm_path)
+        self.engine = RolloutEngine(
+            args.hf_checkpoint,
+            ServerArgs(
+                model_path=str(args.hf_checkpoint),
+                device=str(device),
+                dtype="bfloat16",
+                random_seed=args.rollout_seed,
+                enable_return_routed_experts=True,  # also without r3: routing differences are measured in every run
+            ),
+            lambda server_args, request: self._hook.receive_engine_request(server_args=server_args, request=request),
+        )
+        self._prompts.check_lengths(self._encode)
+        with self.engine.serve() as url:  # plugins probe over HTTP, as they probe SGLang
+            self._hook.rollout_ready(args=args, router_url=url, engine_urls=[url])
+        policy = build_policy(args, device)
+        load_weights(args, policy, args.hf_checkpoint)
+        self._hook.model_built(args=args, model=[policy], role="actor")
+        self.trainer = Trainer(args, self._hook, policy)
+        self.first_rollout = self._resume() if args.load else 0
+        self.send_weights(self.first_rollout)
+        self.reports = self._attest()
+
+    # -- before the first rollout -------------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run belongs to."""
+        return {
+            "shape": {name: getattr(self.args, name) for name in SHAPE},
+            "plugins": {plugin.name: plugin.version for plugin in self._activation.plugins},
+            "digest": self._activation.plugins.digest,
+        }
+
+    def _resume(self) -> int:
+        state = checkpoint.load(self.args.load, self.identity, other_plugins=self.args.load_with_other_plugins)
+        self.trainer.restore(state)
+        rollouts: int = state["rollouts"]
+        return rollouts
+
+    def _attest(self) -> list[dict[str, Any]]:
+        """One report for each role that this process plays, held to the same rules as slime's processes."""
+        reports = []
+        for self._activation.role in ROLES:
+            self._activation.probes.clear()
+            reports.append(self._activation.report())
+        plugins = self._activation.plugins
+        problems = attestation.problems(
+            reports, plugins.digest, dict.fromkeys(ROLES, 1), {plugin.name: plugin.sides for plugin in plugins}
+        )
+        if problems:
+            raise AttestationError(
+                "the plugins are not what they should be, so training does not begin",
+                {str(number): problem for number, problem in enumerate(problems, 1)},
+            )
+        return reports
+
+    # -- rollout by rollout -------------------------------------------------------------------------------------------
+
+    def rollouts(self, recorder: Recorder, phase: Any) -> Iterator[RolloutResult]:
+        """Generate, train, sync and save, rollout by rollout; `phase` is told what is going on.
+
+        Raises:
+            ArgumentError: nothing can be learnt from the rewards, or something cannot be written.
+        """
+        learnt = False
+        for rollout in range(self.first_rollout, self.args.num_rollout):
+            phase("generating")
+            begun = time.perf_counter()
+            samples = self.generate(rollout)
+            metrics = _rollout_metrics(self.args, rollout, samples, time.perf_counter() - begun)
+            train_data = to_train_data(self.args, samples)
+            self._hook.collect_train_data(args=self.args, samples=samples, train_data=train_data)
+            self._log(recorder, metrics, ROLLOUT_STEP)
+            learnt = learnt or metrics["rollout/zero_variance_groups"] < 1
+            if not learnt and rollout + 1 - self.first_rollout >= PATIENCE:
+                raise _nothing_to_learn(self.args, samples)
+
+            phase("training")
+            steps = list(self._train(rollout, train_data, samples))
+            for step in steps:
+                self._log(recorder, step, TRAIN_STEP)
+            phase("sending weights")
+            self.send_weights(rollout + 1)
+            self._save(rollout + 1)
+            yield RolloutResult.from_metrics(rollout, metrics, steps)
+
+    def _encode(self, prompt: str) -> list[int]:
+        tokens: list[int] = self.engine.tokenizer.encode(prompt, add_special_tokens=False)
+        return tokens
+
+    def generate(self, rollout: int) -> list[Sample]:
+        """The samples of one rollout, with answers and rewards."""
+        args = self.args
+        samples = self._prompts.of(rollout)
+        prompts = [self._encode(sample.prompt) for sample in samples]
+        common = {"max_new_tokens": args.rollout_max_response_len, "temperature": args.rollout_temperature}
+        answers = self.engine.generate(
+            {
+                "input_ids": prompts,
+                # Seeded one by one: a resumed run, or another batch size, draws the same.
+                "sampling_params": [{**common, "sampling_seed": _seed(args.rollout_seed, s.index)} for s in samples],
+                "return_logprob": True,
+                "return_routed_experts": True,
+            }
+        )
+        for sample, prompt, answer in zip(samples, prompts, answers, strict=True):
+            assert isinstance(answer, dict)
+            fill(sample, prompt, answer, args.num_layers, args.moe_router_topk)
+        give_rewards(args, samples, self._reward)
+        return samples
+
+    def _train(
+        self, rollout: int, train_data: Mapping[str, Any], samples: Sequence[Sample]
+    ) -> Iterator[dict[str, float]]:
+        traces = [sample.rollout_routed_experts for sample in samples if sample.rollout_routed_experts is not None]
+        begun = time.perf_counter()
+        data = self.trainer.receive(train_data, traces)
+        self.trainer.add_log_probs(data)
+        steps = len(samples) // self.args.global_batch_size
+        for number, metrics in enumerate(self.trainer.train(data)):
+            now = time.perf_counter()
+            named = {f"train/{name}": value for name, value in metrics.items()}
+            yield {
+                TRAIN_STEP: rollout * steps + number,
+                ROLLOUT_OF_TRAIN_STEP: rollout,
+                "train/seconds": now - begun,
+                **named,
+            }
+            begun = now
+
+    def send_weights(self, version: int) -> None:
+        """Give the engine the policy's weights, by their Hugging Face names and past the plugins."""
+        batches = named_batches(self.args, self.trainer.policy)
+        exported = (weights.export(self._activation.plugins, self.args, batch) for batch in batches)
+        self.engine.update_weights((pair for batch in exported for pair in batch), str(version))
+
+    def _save(self, rollouts: int) -> None:
+        args = self.args
+        last = rollouts == args.num_rollout
+        if args.save and (last or (args.save_interval and rollouts % args.save_interval == 0)):
+            checkpoint.save(args.save, rollouts, self.identity, self.trainer.state())
+
+    def _log(self, recorder: Recorder, metrics: Mapping[str, float], step_key: str) -> None:
+        recorder.log(metrics, step_key)
+        self._hook.metrics_logged(args=self.args, metrics=metrics, step_key=step_key)
+
+
+def _seed(seed: int, index: int) -> int:
+    return zlib.crc32(f"{seed} {index}".encode())
+
+
+def _rollout_metrics(args: Namespace, rollout: int, samples: Sequence[Sample], seconds: float) -> dict[str, float]:
+    rewards = [sample.reward for sample in samples]
+    each = args.n_samples_per_prompt
+    groups = [rewards[begin : begin + each] for begin in range(0, len(rewards), each)]
+    return {
+        ROLLOUT_STEP: rollout,
+        "rollout/raw_reward": sum(rewards) / len(rewards),
+        "rollout/zero_variance_groups": sum(min(group) == max(group) for group in groups) / len(groups),
+        "rollout/truncated_ratio": sum(sample.status is Status.TRUNCATED for sample in samples) / len(samples),
+        "rollout/response_lengths": sum(sample.response_length for sample in samples) / len(samples),
+        "rollout/tokens": sum(len(sample.tokens) for sample in samples),
+        "rollout/seconds": seconds,
+    }
+
+
+def _nothing_to_learn(args: Namespace, samples: Sequence[Sample]) -> ArgumentError:
+    found = sorted({sample.reward for sample in samples})
+    return ArgumentError(
+        f"nothing can be learnt: in {PATIENCE} rollouts every group's samples were rewarded alike",
+        {
+            "rewards": ", ".join(f"{reward:g}" for reward in found[:5]),
+            "reward function": args.custom_rm_path,
+            "one response": repr(samples[0].response[:60]),
+        },
+        "give a reward that tells samples of one prompt apart, or prompts that the model sometimes gets right",
+    )

@@ -1,0 +1,258 @@
+"""GRPO on one policy in one process: passes over packed microbatches, the clipped loss, the optimizer."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from miles_plugins.embedded.routing_meter import RoutingMeter
+from miles_plugins.errors import PluginError
+from miles_plugins.microbatch import announced_pass, begin_microbatch
+
+if TYPE_CHECKING:
+    import torch
+
+PAD_MULTIPLE = 128  # tokens of a packed microbatch, as slime's --data-pad-size-multiplier
+PAD_TOKEN = 0
+TRAINED_ON = ("tokens", "response_lengths", "loss_masks", "advantages", "log_probs", "ref_log_probs")
+
+
+class Trainer:
+    """The policy with its optimizer: bfloat16 weights for computing, float32 ones for updating."""
+
+    def __init__(self, args: Namespace, hook: Any, policy: torch.nn.Module) -> None:
+        import torch
+
+        self._args, self._hook, self.policy = args, hook, policy
+        self.model = [policy]
+        self._parameters = list(policy.parameters())
+        self._device = self._parameters[0].device
+        self.main_weights = [parameter.detach().float().clone() for parameter in self._parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.main_weights,
+            lr=args.lr,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_eps,
+            weight_decay=args.weight_decay,
+        )
+        self._reference = [weight.clone() for weight in self.main_weights] if args.use_kl_loss else None
+        self._meter = RoutingMeter(policy, args)
+
+    # -- what a rollout brings ----------------------------------------------------------------------------------------
+
+    def receive(self, train_data: Mapping[str, Any], traces: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """The training data as tensors on the policy's device.
+
+        Args:
+            train_data: see `samples.to_train_data`.
+            traces: each sample's routing in the rollout, to measure by; plugins get theirs from `train_data`.
+
+        Raises:
+            PluginError: `--use-rollout-routing-replay`, and no plugin replays.
+        """
+        import torch
+
+        data = dict(train_data)
+        data["tokens"] = [torch.tensor(tokens, device=self._device) for tokens in data["tokens"]]
+        for name in ("loss_masks", "rollout_log_probs"):
+            data[name] = [torch.tensor(values, dtype=torch.float32, device=self._device) for values in data[name]]
+        data["advantages"] = [
+            torch.full_like(mask, reward) for mask, reward in zip(data["loss_masks"], data["rewards"], strict=True)
+        ]
+        data["measured_routing"] = list(traces)
+        if self._args.use_rollout_routing_replay and not self._hook.take_routed_experts(
+            args=self._args, rollout_data=data
+        ):
+            raise PluginError(
+                "--use-rollout-routing-replay is given and nothing replays",
+                next="name the plugin that does: --plugins r3",
+            )
+        return data
+
+    # -- passes -------------------------------------------------------------------------------------------------------
+
+    def add_log_probs(self, data: dict[str, Any]) -> None:
+        """Fill `log_probs`, and `ref_log_probs` under --use-kl-loss: a [response length] tensor for each sample."""
+        if self._reference is not None:
+            with self._weights(self._reference):
+                data["ref_log_probs"] = self._log_probs(data, "ref_log_prob")
+        data["log_probs"] = self._log_probs(data, "log_prob")
+
+    def _log_probs(self, data: Mapping[str, Any], stage: str) -> list[torch.Tensor]:
+        import torch
+
+        found: list[torch.Tensor] = []
+        with torch.no_grad(), announced_pass(self._hook, self._args, stage, self.model):
+            for batch in self._microbatches(data, range(len(data["tokens"]))):
+                log_probs, _ = self._forward(batch)
+                found += log_probs.split(batch["response_lengths"])
+        return found
+
+    def train(self, data: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+        """Optimizer steps, `global_batch_size` samples each: the metrics of every one, when it is done."""
+        for begin in range(0, len(data["tokens"]), self._args.global_batch_size):
+            yield self._step(data, range(begin, begin + self._args.global_batch_size))
+
+    def _step(self, data: Mapping[str, Any], indices: Sequence[int]) -> dict[str, float]:
+        import torch
+
+        for weight in self.main_weights:
+            weight.grad = torch.zeros_like(weight)
+        sums: dict[str, float] = {}
+        with announced_pass(self._hook, self._args, "train", self.model), self._meter:
+            for batch in self._microbatches(data, indices):
+                loss, metrics = self._loss(batch)
+                loss.backward()
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                for parameter, weight in zip(self._parameters, self.main_weights, strict=True):
+                    if parameter.grad is not None:  # an expert that no token chose has none
+                        weight.grad += parameter.grad
+                        parameter.grad = None
+            norm = torch.nn.utils.clip_grad_norm_(self.main_weights, self._args.clip_grad or float("inf"))
+            if not norm.isfinite():
+                raise PluginError(
+                    "the gradient is not finite; the weights were left as they are",
+                    {"gradient norm": float(norm), **{name: f"{value:g}" for name, value in sums.items()}},
+                    "lower --lr or --clip-grad, and go on from the last checkpoint",
+                )
+            self.optimizer.step()
+            self.copy_to_policy(self.main_weights)
+        metrics = {**sums, "grad_norm": float(norm), **self._meter.shares(), **_differences(data, indices)}
+        for plugin_metrics in self._hook.step_metrics(args=self._args):
+            metrics.update(plugin_metrics)
+        return metrics
+
+    def _loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
+        """PPO's clipped loss with one advantage a response (GRPO), of one microbatch, over the step's samples.
+
+        Schulman et al., arXiv:1707.06347; separate upper bound: Yu et al., "DAPO", arXiv:2503.14476. Each sample
+        counts by the mean over its tokens, as slime has it without --calculate-per-token-loss.
+        """
+        import torch
+
+        args = self._args
+        log_probs, entropy = self._forward(batch)
+        old, advantages = torch.cat(batch["log_probs"]), torch.cat(batch["advantages"])
+        log_ratio = log_probs - old
+        ratio = log_ratio.exp()
+        unclipped, clipped = ratio * advantages, ratio.clamp(1 - args.eps_clip, 1 + args.eps_clip_high) * advantages
+        terms = {
+            "pg_loss": -torch.minimum(unclipped, clipped),
+            "pg_clipfrac": (clipped < unclipped).float(),
+            "ppo_kl": -log_ratio,
+            "entropy_loss": entropy,
+        }
+        if args.use_kl_loss:  # the estimator that is never negative: Schulman, joschu.net/blog/kl-approx.html (k3)
+            difference = torch.cat(batch["ref_log_probs"]) - log_probs
+            terms["kl_loss"] = difference.exp() - difference - 1
+        masks = torch.cat([mask / mask.sum().clamp_min(1) for mask in batch["loss_masks"]]) / args.global_batch_size
+        means = {name: (term * masks).sum() for name, term in terms.items()}
+        means["loss"] = means["pg_loss"] - args.entropy_coef * means["entropy_loss"]
+        if args.use_kl_loss:
+            means["loss"] = means["loss"] + args.kl_loss_coef * means["kl_loss"]
+        return means["loss"], {name: float(mean.detach()) for name, mean in means.items()}
+
+    # -- microbatches -------------------------------------------------------------------------------------------------
+
+    def _microbatches(self, data: Mapping[str, Any], indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+        wanted = {key for keys in self._hook.microbatch_keys(args=self._args) for key in keys}
+        fields = [name for name in data if name in wanted or name in TRAINED_ON or name == "measured_routing"]
+        for begin in range(0, len(indices), self._args.micro_batch_size):
+            chosen = indices[begin : begin + self._args.micro_batch_size]
+            yield {name: [data[name][index] for index in chosen] for name in fields}
+
+    def _forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy of every response token, float32, [the samples' response lengths together]."""
+        import torch
+
+        samples = batch["tokens"]
+        lengths = [len(tokens) for tokens in samples]
+        total = sum(lengths)
+        padding = -total % PAD_MULTIPLE
+        bounds = torch.tensor([0, *lengths, *([padding] if padding else [])], device=self._device).cumsum(0)
+        batch |= {
+            "unconcat_tokens": samples,
+            "total_lengths": lengths,
+            "tokens": torch.nn.functional.pad(torch.cat(samples), (0, padding), value=PAD_TOKEN)[None],
+            "packed_seq_params": _packed(bounds),
+        }
+        positions = torch.arange(total + padding, device=self._device)
+        positions[total:] = -1
+        begin_microbatch(self._hook, self._args, batch, positions)
+        self._meter.microbatch(batch["measured_routing"], positions)
+
+        output = self.policy(batch["tokens"], None, None, packed_seq_params=batch["packed_seq_params"])
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        responses = batch["response_lengths"]
+        rows = torch.cat([torch.arange(end - n - 1, end - 1) for end, n in zip(ends, responses, strict=True)])
+        rows = rows.to(self._device)  # the row before a token predicts it
+        every = (output[0, rows].float() / self._args.rollout_temperature).log_softmax(dim=-1)
+        log_probs = every.gather(1, batch["tokens"][0, rows + 1][:, None])[:, 0]
+        with nullcontext() if self._args.entropy_coef else torch.no_grad():
+            entropy = -(every.exp() * every).sum(dim=-1)
+        return log_probs, entropy
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def copy_to_policy(self, weights: Sequence[torch.Tensor]) -> None:
+        """Give the policy these weights, float32, rounded to its own dtype."""
+        import torch
+
+        with torch.no_grad():
+            for parameter, weight in zip(self._parameters, weights, strict=True):
+                parameter.copy_(weight)
+
+    @contextmanager
+    def _weights(self, weights: Sequence[torch.Tensor]) -> Iterator[None]:
+        self.copy_to_policy(weights)
+        try:
+            yield
+        finally:
+            self.copy_to_policy(self.main_weights)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on from exactly here."""
+        return {
+            "main_weights": self.main_weights,
+            "optimizer": self.optimizer.state_dict(),
+            "reference": self._reference,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        for weight, saved in zip(self.main_weights, state["main_weights"], strict=True):
+            weight.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._reference is not None and state["reference"] is not None:
+            self._reference = [saved.to(self._device) for saved in state["reference"]]
+        self.copy_to_policy(self.main_weights)
+
+
+def _packed(bounds: torch.Tensor) -> Any:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    longest = int(bounds.diff().max())
+    bounds = bounds.int()
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def _differences(data: Mapping[str, Any], indices: Sequence[int]) -> dict[str, float]:
+    """How far the trainer's log-probabilities are from the engine's, before the update.
+
+    The mean is slime's: over the samples, of each one's mean over its tokens. p99 and maximum are over tokens.
+    """
+    import torch
+
+    each = [(data["log_probs"][index] - data["rollout_log_probs"][index]).abs() for index in indices]
+    every = torch.cat(each)
+    name = "train_rollout_logprob_abs_diff"
+    return {
+        name: float(torch.stack([sample.mean() for sample in each]).mean()),
+        f"{name}_p99": float(every.quantile(0.99)),
+        f"{name}_max": float(every.max()),
+    }

@@ -1,0 +1,41 @@
+"""slime's weight sync: what leaves the trainer for the engines.
+
+Every path of slime's weights (colocated, nccl, whole and changed checkpoints on disk, `--save-hf`) calls
+`convert_to_hf` once a Megatron parameter, and bundles what it returns after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from miles_plugins.activation import current
+from miles_plugins.patches.seam import Seam
+from miles_plugins.patching import Patch
+from miles_plugins.weights import export
+
+
+def convert_to_hf(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> list[Any]:
+    return export(current().plugins, args, original(args, *rest, **kwargs))
+
+
+SEAMS = (
+    Seam(
+        name="weight export",
+        hooks=("export_weights",),
+        patches=(
+            Patch(
+                id="slime.weights.export",
+                target="slime.backends.megatron_utils.megatron_to_hf:convert_to_hf",
+                wrap=convert_to_hf,
+                signature="(args, model_name, name, param, quantization_config=None)",
+                roles=frozenset({"trainer"}),
+                reason="slime quantizes in a fixed list of formats, and has no hook on the weights it sends",
+                upstream=(
+                    "https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/megatron_utils/megatron_to_hf/__init__.py"
+                ),
+                retire_when="slime takes a function that converts or quantizes a parameter from an argument",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,397 @@
+"""The embedded host, run as a user runs it: every test here starts `slime-train --embedded` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles_plugins import hookspecs
+from miles_plugins.embedded.results import read_results, summarize
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--num-layers 2 --num-experts 8 --moe-router-topk 2 --rollout-batch-size 2 --n-samples-per-prompt 4".split()
+HOOKS = [name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")]
+
+pytestmark = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("torch", "transformers", "megatron", "matplotlib", "tensorboard")),
+    reason='the embedded host needs `pip install -e ".[embedded]"`',
+)
+
+
+def environment(*path: Path) -> dict[str, str]:
+    """Of a user's shell: nothing of a test run, nor of a checkout on PYTHONPATH."""
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("MILES_PLUGINS", "PYTHONPATH"))}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
+
+
+def command(*flags: object) -> list[str]:
+    return [sys.executable, "-m", "miles_plugins.entrypoints.slime_train", "--embedded", *map(str, flags)]
+
+
+def embedded(*flags: object, path: Sequence[Path] = (), code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the exit code must be `code`."""
+    done = subprocess.run(command(*flags), env=environment(*path), capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def plugin(folder: Path, name: str, source: str) -> Path:
+    """A third party's distribution with one plugin, on a folder for PYTHONPATH."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[miles_plugins]\n{name} = {name}\n")
+    (folder / f"{name}.py").write_text(f'"""A plugin of the tests."""\nfrom miles_plugins import hookimpl\n{source}')
+    return folder
+
+
+def metrics(folder: Path, *, timed: bool = False) -> list[dict[str, Any]]:
+    """What was logged, line by line; without the times, which differ between two runs of the same numbers."""
+    lines = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if timed or "seconds" not in name} for line in lines]
+
+
+SAVED = [*SMALL, "--plugins", "r3", "--num-rollout", 2]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two rollouts with r3 that saved its state after each."""
+    folder = tmp_path_factory.mktemp("saved")
+    embedded(*SAVED, "--save-interval", 1, "--save", folder / "checkpoints", "--run-folder", folder / "run")
+    return folder
+
+
+# -- hooks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Every call of every hook, in order, during two rollouts with a plugin that implements all of them."""
+    folder = tmp_path_factory.mktemp("hooks")
+    log = folder / "calls"
+    told = {"pass_begins": "stage", "pass_ends": "stage", "probe": "role", "metrics_logged": "step_key"}
+    functions = f"def note(*words):\n    open({str(log)!r}, 'a').write(' '.join(words) + chr(10))\n"
+    for hook in HOOKS:
+        argument = told.get(hook, "")
+        functions += f"\n@hookimpl\ndef {hook}({argument}):\n    note({hook!r}, {argument})\n"
+    path = plugin(folder / "site", "all_hooks", functions)
+    embedded(
+        *SMALL,
+        "--plugins",
+        "all_hooks,r3",
+        "--num-rollout",
+        2,
+        "--run-folder",
+        folder / "run",
+        "--use-kl-loss",
+        path=[path],
+    )
+    return log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_is_called(hook: str, calls: list[str]) -> None:
+    assert any(call.split()[0] == hook for call in calls)
+
+
+def test_hooks_are_called_in_the_order_of_slimes_training_loop(calls: list[str]) -> None:
+    in_order = [name for name, _ in groupby(calls)]
+    ready = in_order.index("rollout_ready")
+    assert in_order.index("register_arguments") < in_order.index("configure") < ready
+    assert ready < in_order.index("model_built") < in_order.index("export_weights")
+    assert [call for call in calls if call.startswith("probe")] == [
+        "probe driver",
+        "probe rollout_manager",
+        "probe trainer",
+    ]
+    first = calls.index("collect_train_data")
+    rollout = calls[first : calls.index("collect_train_data", first + 1)]
+    steps = [name for name, _ in groupby(call for call in rollout if not call.startswith(("microbatch", "select")))]
+    assert steps == [
+        "collect_train_data",
+        "metrics_logged rollout/step",
+        "take_routed_experts",
+        "pass_begins ref_log_prob",
+        "pass_ends ref_log_prob",
+        "pass_begins log_prob",
+        "pass_ends log_prob",
+        "pass_begins train",
+        "pass_ends train",
+        "step_metrics",
+        "metrics_logged train/step",
+        "export_weights",
+        "receive_engine_request",
+    ]
+
+
+def test_what_export_weights_returns_is_what_the_engine_gets(tmp_path: Path) -> None:
+    source = """
+@hookimpl
+def export_weights(named_tensors):
+    return [(name, tensor * 0 if name == "lm_head.weight" else tensor) for name, tensor in named_tensors]
+"""
+    path = plugin(tmp_path / "site", "silent_head", source)
+    run = tmp_path / "run"
+    embedded(*SMALL, "--plugins", "silent_head", "--num-rollout", 1, "--run-folder", run, path=[path])
+    shape = json.loads((run / "arguments.json").read_text())
+    # All logits are zero, so the engine says -ln(vocabulary) for every token, and the trainer does not.
+    assert metrics(run)[1]["train/train_rollout_logprob_abs_diff"] > 0.05
+    assert metrics(run)[0]["rollout/raw_reward"] == pytest.approx(10 / shape["vocab_size"], abs=0.1)
+
+
+# -- what it is for --------------------------------------------------------------------------------------------------
+
+
+def test_the_default_model_learns_the_default_task(tmp_path: Path) -> None:
+    embedded("--plugins", "r3", "--num-rollout", 20, "--run-folder", tmp_path / "run")
+    summary = summarize(read_results(tmp_path / "run" / "metrics.jsonl"))
+    assert summary.first_reward is not None
+    assert 0 < summary.first_reward < 0.2
+    assert summary.reward_ratio is not None
+    assert summary.reward_ratio >= 2
+
+
+def test_compare_shows_different_routing_without_r3_and_none_with_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = embedded("--plugins", "r3", "--compare", "--json", "--num-rollout", 3, "--run-folder", run)
+    shown = json.loads(done.stdout)
+    for name in ("with", "without"):
+        results = read_results(run / name / "metrics.jsonl")
+        assert [result.rollout for result in results] == [0, 1, 2]
+        differences = [result.routing_different for result in results]
+        assert all(d == 0 for d in differences) if name == "with" else all(d > 0 for d in differences if d is not None)
+        assert name in shown
+    assert (run / "report.png").stat().st_size > 10_000
+    # The first rollout is drawn before anything was learnt: the same weights and seeds, so the same samples.
+    assert metrics(run / "with")[0] == metrics(run / "without")[0]
+
+
+def test_replay_covers_every_token_also_when_activations_are_recomputed(saved: Path, tmp_path: Path) -> None:
+    embedded(*SAVED, "--recompute-granularity", "full", "--run-folder", tmp_path / "run")
+    recomputed = metrics(tmp_path / "run")
+    assert [line["train/r3/coverage"] for line in recomputed if "train/step" in line] == [1.0, 1.0]
+    assert recomputed == metrics(saved / "run")  # recomputing changes no number, on the CPU
+
+
+def test_another_seed_gives_other_numbers(saved: Path, tmp_path: Path) -> None:
+    embedded(*SAVED, "--seed", 6, "--run-folder", tmp_path / "run")
+    assert metrics(tmp_path / "run")[0] != metrics(saved / "run")[0]
+
+
+def test_several_optimizer_steps_a_rollout(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    embedded(*SMALL, "--plugins", "r3", "--num-rollout", 2, "--global-batch-size", 2, "--run-folder", run)
+    steps = [line for line in metrics(run) if "train/step" in line]
+    assert [step["train/step"] for step in steps] == list(range(8))
+    assert {step["train/r3/coverage"] for step in steps} == {1.0}
+    assert [result.rollout for result in read_results(run / "metrics.jsonl")] == [0, 1]
+
+
+# -- what a person finds ---------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder_holds_everything_and_the_same_seed_gives_the_same(saved: Path, tmp_path: Path) -> None:
+    run, own = tmp_path / "run", tmp_path / "own.jsonl"
+    done = embedded(*SAVED, "--plugins", "r3,metrics", "--metrics-jsonl", own, "--run-folder", run)
+    assert metrics(run) == metrics(saved / "run")
+    assert "reward" in done.stdout
+    assert not any(word in done.stderr for word in ("Traceback", "Warning", "Loading weights"))
+    assert [json.loads(line)["step_key"] for line in own.read_text().splitlines()] == ["rollout/step", "train/step"] * 2
+    arguments = json.loads((run / "arguments.json").read_text())
+    assert arguments["num_rollout"] == 2
+    assert arguments["use_rollout_routing_replay"] is True
+    reports = json.loads((run / "processes.json").read_text())
+    assert [report["role"] for report in reports] == ["driver", "rollout_manager", "trainer"]
+    assert reports[2]["probes"]["r3_replay"] == "2 routers of this rank replay"
+    assert {patch["state"] for patch in reports[2]["patches"] if patch["id"].startswith("megatron.router")} == {
+        "verified"
+    }
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def start_and_wait_for(rollouts: int, run: Path, *flags: object) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        command(*flags, "--run-folder", run),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    files = [run / "metrics.jsonl", run / "without" / "metrics.jsonl"]
+    deadline = time.monotonic() + 120
+    while not any(file.exists() and file.read_text().count("train/step") > 2 * rollouts for file in files):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_ctrl_c_leaves_a_readable_folder_and_code_130(compare: bool, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["--compare"] if compare else []
+    process = start_and_wait_for(2, run, *SMALL, "--plugins", "r3", "--num-rollout", 100_000, *more)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted" in errors
+    folder = run / "without" if compare else run
+    assert len(read_results(folder / "metrics.jsonl")) >= 2
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_resuming_gives_the_numbers_of_a_run_without_interruption(saved: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--plugins", "r3", "--num-rollout", 4]
+    embedded(*flags, "--save", tmp_path / "whole", "--run-folder", tmp_path / "a")
+    embedded(*flags, "--load", saved / "checkpoints", "--save", tmp_path / "resumed", "--run-folder", tmp_path / "b")
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "a")[4:]
+
+    import torch
+
+    whole, resumed = (
+        torch.load(tmp_path / name / "iter_0000004" / "state.pt", weights_only=True) for name in ("whole", "resumed")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole["main_weights"], resumed["main_weights"], strict=True))
+    states = [state["optimizer"]["state"] for state in (whole, resumed)]
+    assert all(torch.equal(states[0][i]["exp_avg_sq"], states[1][i]["exp_avg_sq"]) for i in states[0])
+
+
+def test_a_resumed_run_may_go_on_in_its_own_folder(tmp_path: Path) -> None:
+    flags = [*SMALL, "--save", tmp_path / "checkpoints", "--run-folder", tmp_path / "run", "--save-interval", 2]
+    embedded(*flags, "--num-rollout", 2)
+    embedded(*flags, "--num-rollout", 4, "--load", tmp_path / "checkpoints")
+    assert [result.rollout for result in read_results(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
+    refused = embedded(*flags, "--num-rollout", 4, "--load", tmp_path / "checkpoints", code=1)
+    assert "already has all rollouts" in refused.stderr
+
+
+def test_another_plugin_set_must_be_asked_for(saved: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--load", saved / "checkpoints", "--num-rollout", 3]
+    refused = embedded(*flags, "--run-folder", tmp_path / "a", code=1)
+    assert "another plugin set" in refused.stderr
+    assert "r3_replay" in refused.stderr
+    assert "--load-with-other-plugins" in refused.stderr
+    embedded(*flags, "--run-folder", tmp_path / "b", "--load-with-other-plugins")
+    assert math.isfinite(metrics(tmp_path / "b")[1]["train/grad_norm"])
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--plugins", "r3", "--num-experts", 4, "--load", saved / "checkpoints", "--num-rollout", 3]
+    refused = embedded(*flags, "--run-folder", tmp_path / "a", code=1)
+    assert "of another model" in refused.stderr
+    assert "8 in the checkpoint, 4 in this run" in refused.stderr
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def prompts(*lines: str) -> Callable[[Path], list[object]]:
+    def write(folder: Path) -> list[object]:
+        (folder / "prompts.jsonl").write_text("\n".join(lines))
+        return ["--prompt-data", folder / "prompts.jsonl"]
+
+    return write
+
+
+def model(**changes: object) -> Callable[[Path], list[object]]:
+    """A checkpoint with another config.json."""
+
+    def write(folder: Path) -> list[object]:
+        from miles_plugins.cpu_rehearsal.tiny_model import write_tiny_model
+
+        write_tiny_model(folder / "model")
+        config = json.loads((folder / "model" / "config.json").read_text())
+        (folder / "model" / "config.json").write_text(json.dumps({**config, **changes}))
+        return ["--hf-checkpoint", folder / "model"]
+
+    return write
+
+
+def occupied(folder: Path) -> list[object]:
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("mine\n")
+    return []
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], list[object]], list[str]]] = {
+    "a mistyped flag": (lambda _: ["--num-rolout", 3], ["--num-rolout", "did you mean --num-rollout?"]),
+    "a value of the wrong kind": (lambda _: ["--lr", "fast"], ["--lr", "fast"]),
+    "no model there": (lambda f: ["--hf-checkpoint", f / "none"], ["none"]),
+    "an unknown architecture": (model(model_type="llama", architectures=["LlamaForCausalLM"]), ["llama", "qwen3_moe"]),
+    "an impossible shape": (lambda _: ["--moe-router-topk", 9, "--num-experts", 8], ["topk=9"]),
+    "a shape beside a checkpoint": (
+        lambda f: [*model()(f), "--num-layers", 3],
+        ["--num-layers 3", "leave the flag out"],
+    ),
+    "a tokenizer with more tokens than the model": (model(vocab_size=100), ["vocab", "100", "128"]),
+    "tensors of another model": (model(num_hidden_layers=3), ["model.layers.2"]),
+    "no prompts": (prompts(""), ["no prompts", "prompts.jsonl"]),
+    "a line that is no prompt": (prompts('{"text": "hello"}'), ["line 1", "label"]),
+    "a prompt longer than the model allows": (prompts(json.dumps({"text": "1" * 5000, "label": ""})), ["4096", "5000"]),
+    "a reward that does not exist": (lambda _: ["--custom-rm-path", "json.nothing"], ["json.nothing"]),
+    "a reward that tells nothing apart": (
+        lambda _: ["--custom-rm-path", "flat.reward"],
+        ["nothing can be learnt", "flat.reward"],
+    ),
+    "one sample a prompt": (lambda _: ["--n-samples-per-prompt", 1], ["at least 2"]),
+    "a folder with results": (occupied, ["not empty"]),
+    "a folder that cannot be written": (lambda _: ["--run-folder", "/proc/run"], ["/proc/run"]),
+    "no checkpoint": (lambda f: ["--load", f / "none"], ["no checkpoint"]),
+    "nothing to compare": (lambda _: ["--compare"], ["needs plugins"]),
+    "replay without its plugin": (lambda _: ["--use-rollout-routing-replay"], ["--plugins r3"]),
+    "slime's own CPU plugin": (lambda _: ["--plugins", "cpu"], ["leave it out"]),
+    "a train script": (lambda _: ["--train-script", "train.py"], ["no train script"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_explained_without_a_traceback(mistake: str, tmp_path: Path) -> None:
+    prepare, expected = MISTAKES[mistake]
+    (tmp_path / "flat.py").write_text("async def reward(args, sample, **kwargs):\n    return 1.0\n")
+    flags = [*SMALL[4:], "--num-rollout", 4, "--run-folder", tmp_path / "run", *prepare(tmp_path)]
+    kept = {file: file.read_bytes() for file in (tmp_path / "run").glob("*")}
+    refused = embedded(*flags, path=[tmp_path], code=1)
+    assert "Traceback" not in refused.stderr
+    for text in expected:
+        assert text in refused.stderr
+    assert {file: file.read_bytes() for file in kept} == kept
+
+
+def test_a_disk_that_fills_up_leaves_no_half_a_checkpoint(tmp_path: Path) -> None:
+    """The file size limit of the process stands in for the disk's end; SIGXFSZ is ignored, so that a write fails."""
+    limit = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
+        "from miles_plugins.entrypoints.slime_train import main; main()"
+    )
+    flags = ["--embedded", *SMALL, "--num-rollout", "4", "--save", tmp_path / "save", "--save-interval", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", limit.format(1 << 20), *map(str, flags), "--run-folder", str(tmp_path / "run")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "the checkpoint could not be written" in done.stderr
+    assert len(metrics(tmp_path / "run")) == 4
+    assert not list((tmp_path / "save").iterdir())
