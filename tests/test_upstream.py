@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -41,9 +42,72 @@ def passed(result: subprocess.CompletedProcess[str], folder: Path) -> dict[str, 
     return answer
 
 
+HOOK_LOG = """
+import os
+from pathlib import Path
+
+from miles_plugins.activation import current, is_active
+
+
+def note(*words):
+    if is_active():
+        with (Path(__file__).parent / f"{current().role}-{os.getpid()}.calls").open("a") as file:
+            file.write(" ".join(words) + chr(10))
+"""
+TOLD = {"pass_begins": "stage", "pass_ends": "stage", "metrics_logged": "step_key", "model_built": "role"}
+IN_STEP = ("rollout_ready", "collect_train_data", "take_routed_experts", "step_metrics", "export_weights", *TOLD)
+
+
+def calls(folder: Path, role: str) -> list[str]:
+    """The hook calls of a role's process."""
+    return [line for file in folder.glob(f"{role}-*.calls") for line in file.read_text().splitlines()]
+
+
+def in_order(calls: list[str], names: set[str]) -> list[str]:
+    """Those of these names, without repetition."""
+    return [call for call, _ in itertools.groupby(call for call in calls if call in names)]
+
+
 @pytest.mark.usefixtures("upstream_path")
-def test_routing_is_replayed(slime: Path, megatron: Path, tmp_path: Path) -> None:
-    answer = passed(rehearse(slime, megatron, tmp_path / "run", "--plugins", "r3"), tmp_path / "run")
+def test_routing_is_replayed_and_the_embedded_host_calls_the_hooks_as_slime_does(
+    slime: Path, megatron: Path, tmp_path: Path
+) -> None:
+    code = HOOK_LOG
+    for hook in IN_STEP:
+        code += f"\n\n@hookimpl\ndef {hook}({TOLD.get(hook, '')}):\n    note({hook!r}, {TOLD.get(hook, '')})\n"
+    path = third_party(tmp_path, "hook_log", code)
+    answer = passed(
+        rehearse(slime, megatron, tmp_path / "run", "--plugins", "r3,hook_log", path=path), tmp_path / "run"
+    )
+
+    trainer, manager = calls(tmp_path, "trainer"), calls(tmp_path, "rollout_manager")
+    for file in tmp_path.glob("*.calls"):
+        file.unlink()
+    small = (
+        "--embedded --plugins r3,hook_log --num-rollout 3 --num-layers 2 --num-experts 8 --moe-router-topk 2".split()
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "miles_plugins.entrypoints.slime_train",
+            *small,
+            "--run-folder",
+            str(tmp_path / "embedded"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    # The one process was the driver first, then reported as each, and trained as the trainer.
+    every = [call for role in ("driver", "rollout_manager", "trainer") for call in calls(tmp_path, role)]
+    shared = {"metrics_logged rollout/step"}  # slime's trainer logs a part of it as well
+    for of_slime, names in ((trainer, set(trainer) - shared), (manager, set(manager))):
+        assert in_order(every, names) == in_order(of_slime, names)
+    assert set(every) == set(trainer) | set(manager)
+
     assert [row["replay_coverage"] for row in answer["rollouts"]] == [1.0, 1.0, 1.0]
     roles = {process["role"] for process in answer["processes"]}
     assert roles == {

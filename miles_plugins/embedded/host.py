@@ -116,9 +116,9 @@ class EmbeddedRun:
             begun = time.perf_counter()
             samples = self.generate(rollout)
             metrics = _rollout_metrics(self.args, rollout, samples, time.perf_counter() - begun)
+            self._log(recorder, metrics, ROLLOUT_STEP)
             train_data = to_train_data(self.args, samples)
             self._hook.collect_train_data(args=self.args, samples=samples, train_data=train_data)
-            self._log(recorder, metrics, ROLLOUT_STEP)
             learnt = learnt or metrics["rollout/zero_variance_groups"] < 1
             if not learnt and rollout + 1 - self.first_rollout >= PATIENCE:
                 raise _nothing_to_learn(self.args, samples)

@@ -82,7 +82,7 @@ def shape_of(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
             "vocab_size": config["vocab_size"],
             "norm_epsilon": config["rms_norm_eps"],
             "rotary_base": config.get("rope_theta") or rope["rope_theta"],
-            "num_experts": config["num_experts"],
+            "num_experts": config.get("num_local_experts") or config["num_experts"],  # transformers 5 writes the former
             "moe_ffn_hidden_size": config["moe_intermediate_size"],
             "moe_router_topk": config["num_experts_per_tok"],
             "moe_router_pre_softmax": not config.get("norm_topk_prob", False),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from miles_plugins.embedded.loss import grpo_loss
 from miles_plugins.embedded.routing_meter import RoutingMeter
 from miles_plugins.errors import PluginError
 from miles_plugins.microbatch import announced_pass, begin_microbatch
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 PAD_MULTIPLE = 128  # tokens of a packed microbatch, as slime's --data-pad-size-multiplier
 PAD_TOKEN = 0
-TRAINED_ON = ("tokens", "response_lengths", "loss_masks", "advantages", "log_probs", "ref_log_probs")
+TRAINED_ON = (
+    *("tokens", "response_lengths", "loss_masks", "advantages"),
+    *("rollout_log_probs", "log_probs", "ref_log_probs"),
+)
 
 
 class Trainer:
@@ -74,11 +78,15 @@ class Trainer:
     # -- passes -------------------------------------------------------------------------------------------------------
 
     def add_log_probs(self, data: dict[str, Any]) -> None:
-        """Fill `log_probs`, and `ref_log_probs` under --use-kl-loss: a [response length] tensor for each sample."""
+        """Fill `ref_log_probs` under --use-kl-loss, and `log_probs`: a [response length] tensor for each sample.
+
+        With one optimizer step a rollout the step's own forward pass gives the latter, as in slime.
+        """
         if self._reference is not None:
             with self._weights(self._reference):
                 data["ref_log_probs"] = self._log_probs(data, "ref_log_prob")
-        data["log_probs"] = self._log_probs(data, "log_prob")
+        if len(data["tokens"]) > self._args.global_batch_size:
+            data["log_probs"] = self._log_probs(data, "log_prob")
 
     def _log_probs(self, data: Mapping[str, Any], stage: str) -> list[torch.Tensor]:
         import torch
@@ -101,10 +109,15 @@ class Trainer:
         for weight in self.main_weights:
             weight.grad = torch.zeros_like(weight)
         sums: dict[str, float] = {}
+        differences: list[torch.Tensor] = []
         with announced_pass(self._hook, self._args, "train", self.model), self._meter:
             for batch in self._microbatches(data, indices):
-                loss, metrics = self._loss(batch)
+                log_probs, entropy = self._forward(batch)
+                batch.setdefault("log_probs", log_probs.detach().split(batch["response_lengths"]))
+                loss, metrics = grpo_loss(self._args, log_probs, entropy, batch)
                 loss.backward()
+                pairs = zip(batch["log_probs"], batch["rollout_log_probs"], strict=True)
+                differences += [(trainers - engines).abs() for trainers, engines in pairs]
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
                 for parameter, weight in zip(self._parameters, self.main_weights, strict=True):
@@ -120,40 +133,10 @@ class Trainer:
                 )
             self.optimizer.step()
             self.copy_to_policy(self.main_weights)
-        metrics = {**sums, "grad_norm": float(norm), **self._meter.shares(), **_differences(data, indices)}
+        metrics = {**sums, "grad_norm": float(norm), **self._meter.shares(), **_summed_up(differences)}
         for plugin_metrics in self._hook.step_metrics(args=self._args):
             metrics.update(plugin_metrics)
         return metrics
-
-    def _loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
-        """PPO's clipped loss with one advantage a response (GRPO), of one microbatch, over the step's samples.
-
-        Schulman et al., arXiv:1707.06347; separate upper bound: Yu et al., "DAPO", arXiv:2503.14476. Each sample
-        counts by the mean over its tokens, as slime has it without --calculate-per-token-loss.
-        """
-        import torch
-
-        args = self._args
-        log_probs, entropy = self._forward(batch)
-        old, advantages = torch.cat(batch["log_probs"]), torch.cat(batch["advantages"])
-        log_ratio = log_probs - old
-        ratio = log_ratio.exp()
-        unclipped, clipped = ratio * advantages, ratio.clamp(1 - args.eps_clip, 1 + args.eps_clip_high) * advantages
-        terms = {
-            "pg_loss": -torch.minimum(unclipped, clipped),
-            "pg_clipfrac": (clipped < unclipped).float(),
-            "ppo_kl": -log_ratio,
-            "entropy_loss": entropy,
-        }
-        if args.use_kl_loss:  # the estimator that is never negative: Schulman, joschu.net/blog/kl-approx.html (k3)
-            difference = torch.cat(batch["ref_log_probs"]) - log_probs
-            terms["kl_loss"] = difference.exp() - difference - 1
-        masks = torch.cat([mask / mask.sum().clamp_min(1) for mask in batch["loss_masks"]]) / args.global_batch_size
-        means = {name: (term * masks).sum() for name, term in terms.items()}
-        means["loss"] = means["pg_loss"] - args.entropy_coef * means["entropy_loss"]
-        if args.use_kl_loss:
-            means["loss"] = means["loss"] + args.kl_loss_coef * means["kl_loss"]
-        return means["loss"], {name: float(mean.detach()) for name, mean in means.items()}
 
     # -- microbatches -------------------------------------------------------------------------------------------------
 
@@ -241,18 +224,17 @@ def _packed(bounds: torch.Tensor) -> Any:
     )
 
 
-def _differences(data: Mapping[str, Any], indices: Sequence[int]) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the engine's, before the update.
+def _summed_up(differences: Sequence[torch.Tensor]) -> dict[str, float]:
+    """How far the trainer's log-probabilities were from the engine's, before the update: [response length] a sample.
 
     The mean is slime's: over the samples, of each one's mean over its tokens. p99 and maximum are over tokens.
     """
     import torch
 
-    each = [(data["log_probs"][index] - data["rollout_log_probs"][index]).abs() for index in indices]
-    every = torch.cat(each)
+    every = torch.cat(list(differences))
     name = "train_rollout_logprob_abs_diff"
     return {
-        name: float(torch.stack([sample.mean() for sample in each]).mean()),
+        name: float(torch.stack([sample.mean() for sample in differences]).mean()),
         f"{name}_p99": float(every.quantile(0.99)),
         f"{name}_max": float(every.max()),
     }
