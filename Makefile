@@ -18,6 +18,7 @@ quickstart: $(VENV)/embedded
 # The tests that need no checkout of slime.
 test: $(VENV)/test
 	$(BIN)/python -m pytest -m "not upstream"
+	@echo "not run: the tests of the real stack; clone slime and Megatron-LM (CONTRIBUTING.md), then: make test-upstream"
 
 # All tests, the real stack included (CONTRIBUTING.md says where the checkouts go).
 test-upstream: $(VENV)/upstream
@@ -37,13 +38,17 @@ $(VENV)/bin/python:
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/embedded: pyproject.toml tests/upstream-constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet $(PIN) "$(TORCH_CPU)" 2>/dev/null || $(BIN)/pip install --quiet $(PIN) "$(TORCH)"
-	$(BIN)/pip install --quiet $(PIN) -e ".[embedded]"
-	touch $@
+	@echo "installing torch and what the embedded host needs into $(VENV), once"
+	@$(BIN)/pip install --quiet $(PIN) "$(TORCH_CPU)" 2>/dev/null || { \
+		echo "the package index has no $(TORCH_CPU); taking $(TORCH), which may be some GB larger"; \
+		$(BIN)/pip install --quiet $(PIN) "$(TORCH)"; }
+	@$(BIN)/pip install --quiet $(PIN) -e ".[embedded]"
+	@touch $@
 
 $(VENV)/test: $(VENV)/embedded
-	$(BIN)/pip install --quiet $(PIN) -e ".[embedded,cpu,test,dev]"
-	touch $@
+	@echo "installing what the tests need into $(VENV), once"
+	@$(BIN)/pip install --quiet $(PIN) -e ".[embedded,cpu,test,dev]"
+	@touch $@
 
 $(VENV)/upstream: tests/upstream-requirements.txt tests/upstream-requirements-no-deps.txt $(VENV)/test
 	$(BIN)/pip install --quiet $(PIN) -r tests/upstream-requirements.txt

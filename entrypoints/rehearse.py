@@ -493,7 +493,7 @@ class Display:
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24, complete_style="blue"),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,

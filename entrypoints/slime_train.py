@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if own.embedded:
             sys.exit(_run_embedded(own, flags))
         _run(own, flags)
+    except KeyboardInterrupt:
+        if not own.embedded:  # the train script's own affair
+            raise
+        sys.exit(130)
     except Exception as error:
         known = plugin_error(error)
         if known is None:
@@ -68,6 +72,8 @@ def _run_embedded(own: argparse.Namespace, flags: list[str]) -> int:
     unfit = {"--train-script": own.train_script, "--allow-flag": ", ".join(own.allow_flag)}
     if any(unfit.values()):
         raise ArgumentError("--embedded runs no train script", unfit, "leave these flags out")
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.append(os.getcwd())  # for a reward function beside the prompts
     return embedded_main(names, flags)
 
 
@@ -87,12 +93,16 @@ def _run(own: argparse.Namespace, flags: list[str]) -> None:
 
     names = _named(own)
     script = find_train_script(own.train_script)
+    if script is None and not own.train_script and (not own.argv or "--help" in flags or "-h" in flags):
+        print(USAGE)
+        return
     if script is None:
         problem = None if own.train_script else slime_problem()
         raise UpstreamError(
             "no train script was found" if own.train_script is None else f"no such file: {own.train_script}",
             {"found": problem.found if problem else None},
-            problem.next if problem else "give slime's train.py with --train-script, or set SLIME_HOME",
+            f"{problem.next if problem else 'give train.py with --train-script, or set SLIME_HOME'}\n"
+            "without slime there is `slime-train --embedded`, a small trainer of our own",
         )
     # As `python train.py` has it: the script's folder first (not with -P), and the script as argv[0].
     if not getattr(sys.flags, "safe_path", False):

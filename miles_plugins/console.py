@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -27,28 +27,44 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(signal_number).name)
 
 
+class Interruption:
+    """What `interruptible` knows: the signal that came, also where a C extension turned or swallowed the exception."""
+
+    def __init__(self, handled: Mapping[signal.Signals, Any]) -> None:
+        self._handled = handled
+        self.received: Interrupted | None = None
+
+    def __call__(self) -> None:
+        """From here on, ignore the signals."""
+        for number in self._handled:
+            signal.signal(number, signal.SIG_IGN)
+
+    def check(self) -> None:
+        """Raise what was received, should it have been swallowed."""
+        if self.received is not None:
+            raise self.received
+
+
 @contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Raise Interrupted on Ctrl-C, SIGTERM and hang-up, until the function it gives is called: from then, ignore them.
+def interruptible() -> Iterator[Interruption]:
+    """Raise Interrupted on Ctrl-C, SIGTERM and hang-up, until what it gives is called: from then, ignore them.
 
     Outside the main thread Python allows no signal handlers, and this does nothing.
     """
+    before: dict[signal.Signals, Any] = {}
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        interruption.received = Interrupted(number)
+        raise interruption.received
 
-    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 before[number] = signal.signal(number, interrupt)
 
-    def ignore() -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-
+    interruption = Interruption(before)
     try:
-        yield ignore
+        yield interruption
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

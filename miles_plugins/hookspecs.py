@@ -110,7 +110,8 @@ def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict
 def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
     """The Megatron modules exist, before the optimizer is built (trainer).
 
-    `model` holds one module a virtual pipeline stage, wrapped for data parallelism. `role` is `actor` or `critic`.
+    `model` holds one module a virtual pipeline stage, wrapped for data parallelism (not so in the embedded host, where
+    nothing is parallel). Its weights are not loaded yet. `role` is `actor` or `critic`.
     """
 
 
@@ -127,7 +128,8 @@ def take_routed_experts(args: Namespace, rollout_data: dict[str, Any]) -> bool |
 def pass_begins(args: Namespace, stage: str, model: Sequence[Any]) -> None:
     """A pass over all microbatches begins (trainer).
 
-    `stage` is `log_prob`, `ref_log_prob`, `teacher_log_prob`, `values` or `train` (one optimizer step).
+    `stage` is `log_prob`, `ref_log_prob`, `teacher_log_prob`, `values` or `train` (one optimizer step). With one step a
+    rollout slime leaves `log_prob` out: the step's own forward pass gives the same.
     """
 
 

@@ -45,9 +45,10 @@ class Host:
 
 
 SLIME = Host("slime", MODULES)
-# Megatron's local modules do not train packed sequences by themselves, on any device: hence `choose_device`, always.
+# Always: Megatron's local modules do not train packed sequences by themselves on any device (`choose_device`), and the
+# host itself asks which microbatch runs (`microbatch_begins`).
 _EMBEDDED = tuple(f"miles_plugins.patches.megatron.{module}" for module in ("router", "recompute", "cpu"))
-EMBEDDED_ON_GPU = Host("embedded", _EMBEDDED, always=frozenset({"choose_device"}))
+EMBEDDED_ON_GPU = Host("embedded", _EMBEDDED, always=frozenset({"choose_device", "microbatch_begins"}))
 EMBEDDED_ON_CPU = Host("embedded", (*_EMBEDDED, "miles_plugins.patches.torch.cpu"), always=EMBEDDED_ON_GPU.always)
 
 

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles_plugins.embedded import arguments, checkpoint
+from miles_plugins.embedded import arguments, checkpoint, policy
+from miles_plugins.embedded.host import _traces
 from miles_plugins.embedded.loss import grpo_loss
+from miles_plugins.embedded.run_folder import finished_rollouts
 from miles_plugins.embedded.samples import Prompts, Sample, Status, fill, give_rewards, group_advantages, to_train_data
-from miles_plugins.errors import ArgumentError
+from miles_plugins.errors import ArgumentError, PluginError
 from miles_plugins.manager import Plugins
 
 torch = pytest.importorskip("torch")
@@ -47,7 +49,11 @@ def token_by_token(args: Namespace, sample: dict[str, list[float]]) -> float:
         ratio, advantage = math.exp(now - old), sample["advantage"][0]
         kept = min(max(ratio, 1 - args.eps_clip), 1 + args.eps_clip_high)
         policy = -min(ratio * advantage, kept * advantage)
-        kl = math.exp(reference - now) - (reference - now) - 1
+        kl = {
+            "k1": now - reference,
+            "k2": (now - reference) ** 2 / 2,
+            "k3": math.exp(reference - now) - (reference - now) - 1,
+        }[args.kl_loss_type]
         total += mask * (policy - args.entropy_coef * entropy + args.kl_loss_coef * kl)
     return total / max(sum(sample["mask"]), 1)
 
@@ -62,9 +68,11 @@ def samples(draw: st.DrawFn) -> dict[str, list[float]]:
 
 
 @settings(deadline=None)
-@given(st.lists(samples(), min_size=1, max_size=5), st.integers(1, 5))
-def test_the_loss_is_the_mean_over_samples_however_they_are_packed(rows: list[dict[str, Any]], size: int) -> None:
-    args = Namespace(**vars(LOSS), global_batch_size=len(rows))
+@given(st.lists(samples(), min_size=1, max_size=5), st.integers(1, 5), st.sampled_from(["k1", "k2", "k3"]))
+def test_the_loss_is_the_mean_over_samples_however_they_are_packed(
+    rows: list[dict[str, Any]], size: int, kl: str
+) -> None:
+    args = Namespace(**vars(LOSS), global_batch_size=len(rows), kl_loss_type=kl)
     total = 0.0
     for begin in range(0, len(rows), size):
         packed = rows[begin : begin + size]
@@ -156,25 +164,52 @@ def test_routing_is_training_data_only_for_who_replays_it(replay: bool) -> None:
     assert data["raw_reward"] == [0.0, 1.0]
 
 
-def test_a_reward_that_is_no_number_is_named() -> None:
+@pytest.mark.parametrize("found", [{"score": 1}, math.nan, math.inf, None])
+def test_a_reward_that_is_no_number_is_named(found: Any) -> None:
     async def reward(args: Any, sample: Any, **kwargs: Any) -> Any:
-        return {"score": 1}
+        return found
 
-    with pytest.raises(ArgumentError, match="no number"):
+    with pytest.raises(ArgumentError, match="no finite number"):
         give_rewards(Namespace(custom_rm_path="mine.reward"), [Sample(0, 0, "p", None)], reward)
+
+
+def test_no_sample_is_measured_by_another_ones_routing() -> None:
+    two = [Sample(0, index, "p", None, tokens=[1, index], rollout_routed_experts=torch.zeros(1)) for index in range(2)]
+    assert len(_traces(two, {"tokens": [[1, 0], [1, 1]]})) == 2
+    with pytest.raises(PluginError, match="changed or reordered"):
+        _traces(two, {"tokens": [[1, 1], [1, 0]]})
+
+
+def test_a_rollout_that_was_not_trained_on_does_not_count(tmp_path: Path) -> None:
+    lines = [("rollout/step", 0), ("train/step", 0), ("rollout/step", 1)]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"time": 0, "step_key": key, "metrics": {key: step, "train/grad_norm": 1.0}}) + "\n"
+            if key == "train/step"
+            else json.dumps({"time": 0, "step_key": key, "metrics": {key: step, "rollout/raw_reward": 0.5}}) + "\n"
+            for key, step in lines
+        )
+    )
+    assert [result.rollout for result in finished_rollouts(tmp_path)] == [0]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
-IDENTITY = {"shape": {"num_layers": 2}, "plugins": {"r3_replay": "0.1.0"}, "digest": "abc"}
+IDENTITY = {"shape": {"num_layers": 2}, "plugins": {"r3_replay": "0.1.0"}, "digest": "abc", "run": "r"}
+
+
+def test_a_checkpoint_belongs_to_a_model_with_everything_that_makes_it(tmp_path: Path) -> None:
+    from miles_plugins.cpu_rehearsal.tiny_model import _config
+
+    assert set(policy.shape_of(_config(128, 2, 64, 8, 2), tmp_path)) == set(policy.SHAPE)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     for rollouts in (1, 2):
         checkpoint.save(tmp_path, rollouts, IDENTITY, {"main_weights": [torch.full((3,), float(rollouts))]})
-    assert checkpoint.latest(tmp_path) == 2
+    assert checkpoint.describe(tmp_path)["rollouts"] == 2
     state = checkpoint.load(tmp_path, IDENTITY)
-    assert (state["rollouts"], state["main_weights"][0].tolist()) == (2, [2.0] * 3)
+    assert state["main_weights"][0].tolist() == [2.0] * 3
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "iter_0000001",
         "iter_0000002",
@@ -195,22 +230,53 @@ def test_a_checkpoint_of_something_else_is_refused(changes: dict[str, Any], mess
     with pytest.raises(ArgumentError, match=message):
         checkpoint.load(tmp_path, {**IDENTITY, **changes})
     if "shape" not in changes:
-        assert checkpoint.load(tmp_path, {**IDENTITY, **changes}, other_plugins=True)["rollouts"] == 1
+        assert checkpoint.load(tmp_path, {**IDENTITY, **changes}, other_plugins=True) == {"main_weights": []}
 
 
+@pytest.mark.parametrize("name", ["state.pt", "identity.json"])
 @pytest.mark.parametrize("cut", [0, 10, -1])
-def test_a_broken_checkpoint_is_refused(cut: int, tmp_path: Path) -> None:
-    file = checkpoint.save(tmp_path, 1, IDENTITY, {"main_weights": [torch.zeros(100)]}) / "state.pt"
+def test_a_broken_checkpoint_is_refused(name: str, cut: int, tmp_path: Path) -> None:
+    file = checkpoint.save(tmp_path, 1, IDENTITY, {"main_weights": [torch.zeros(100)]}) / name
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(ArgumentError, match="cannot be read"):
         checkpoint.load(tmp_path, IDENTITY)
 
 
+def test_a_checkpoint_of_the_same_number_gives_way(tmp_path: Path) -> None:
+    """After going back to an older one, or after a save that was cut off before it became the latest."""
+    for value in (1.0, 2.0):
+        checkpoint.save(tmp_path, 1, IDENTITY, {"main_weights": [torch.tensor(value)]})
+    assert checkpoint.load(tmp_path, IDENTITY)["main_weights"] == [torch.tensor(2.0)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, IDENTITY, {"main_weights": []})
+    (tmp_path / ".2.partial").write_text("in the way")
     with pytest.raises(ArgumentError, match="could not be written"):
-        checkpoint.save(tmp_path, 1, IDENTITY, {"main_weights": []})  # the folder is taken
-    assert checkpoint.load(tmp_path, IDENTITY)["rollouts"] == 1
+        checkpoint.save(tmp_path, 2, IDENTITY, {"main_weights": []})
+    assert checkpoint.load(tmp_path, IDENTITY) == {"main_weights": []}
+    assert checkpoint.describe(tmp_path)["rollouts"] == 1
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    import random
+
+    import numpy
+
+    from miles_plugins.embedded import random_state
+
+    def draw() -> list[float]:
+        return [random.random(), float(numpy.random.random()), torch.rand(1).item(), float(numpy.random.normal())]
+
+    random_state.seed(3)
+    seeded = draw()
+    checkpoint.save(tmp_path, 1, IDENTITY, {"random": random_state.capture()})
+    expected = draw()
+    random_state.restore(checkpoint.load(tmp_path, IDENTITY)["random"])
+    assert draw() == expected
+    random_state.seed(3)
+    assert draw() == seeded
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------
@@ -233,7 +299,12 @@ def test_what_a_plugin_sets_gives_way_to_the_user() -> None:
     ("flags", "message"),
     [
         (["--global-batch-size", "7"], "does not divide"),
-        (["--rollout-temperature", "0"], "without chance"),
+        (["--rollout-temperature", "1e-8"], "1e-8 is not at least"),
+        (["--clip-grad", "-1"], "-1 is not at least 0"),
+        (["--lr", "nan"], "nan is not"),
+        (["--adam-beta1", "1"], "below 1"),
+        (["--adam-eps", "0"], "above 0"),
+        (["--seed", "-1"], "-1 is not between"),
         (["--threads", "10000"], "cores"),
         (["--compare", "--save", "x"], "leave --save"),
         (["--num-rollout", "0"], "not positive"),

@@ -204,16 +204,16 @@ def test_the_summary_is_a_table_of_two_columns() -> None:
     table = summary_table(summarize(results_of(20, different=0.012)), title="The run [r3]")
     assert cells_of(table) == [
         ["rollouts", "20"],
-        ["mean reward, first tenth", "0.075"],
+        ["mean reward, first tenth of the rollouts", "0.075"],
         ["mean reward, last tenth", "0.975"],
         ["last / first", "13.0 x"],
         ["log-prob difference, mean", "0.0041"],
         ["log-prob difference, 99th percentile", "0.03"],
         ["log-prob difference, maximum", "0.2"],
-        ["tokens routed differently", "1.2 %"],
+        ["routed differently, of (token, layer)", "1.2 %"],
         ["rollouts without gradient", "0"],
         ["speed", "3.1k tokens/s"],
-        ["time", "0:40"],
+        ["time, without loading", "0:40"],
     ]
     console = Console(file=StringIO(), width=80)
     console.print(table)
@@ -226,7 +226,7 @@ def test_two_runs_stand_side_by_side() -> None:
     assert [column.header for column in table.columns] == ["", "with r3_replay", "without plugins"]
     rows = {row[0]: row[1:] for row in cells_of(table)}
     assert rows["rollouts"] == ["10", "20"]
-    assert rows["tokens routed differently"] == ["0 %", "1.2 %"]
+    assert rows["routed differently, of (token, layer)"] == ["0 %", "1.2 %"]
 
 
 def test_a_table_of_nothing_known() -> None:

@@ -419,7 +419,7 @@ def test_samples_become_compact_traces():
 
 def test_training_data_that_lost_or_changed_a_sample_is_refused():
     samples = [SimpleNamespace(index=0, tokens=[0] * 4), SimpleNamespace(index=1, tokens=[0] * 5)]
-    for tokens in ([[0] * 4], [[0] * 5, [0] * 4]):
+    for tokens in ([[0] * 4], [[0] * 5, [0] * 4], [[0] * 4, [0] * 4 + [1]]):
         with pytest.raises(PluginError, match="one for one and in order"):
             r3.collect_train_data(arguments(), samples, {"tokens": tokens})
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from miles_plugins.cpu_rehearsal import toy_task
+from miles_plugins.embedded.generate_request import GREEDY_BELOW
 from miles_plugins.errors import ArgumentError
 from miles_plugins.manager import Plugins
 
@@ -63,6 +65,34 @@ def _positive(text: str) -> int:
     return value
 
 
+def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number in [low, high), or (low, high) if `above`."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not (low < value if above else low <= value) or not value < high:
+            limits = f"{'above' if above else 'at least'} {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    return number
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63")
+    return value
+
+
+class _Help(argparse.HelpFormatter):
+    """Defaults where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, False, argparse.SUPPRESS) and "default" not in (action.help or "")
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The host's own flags; plugins add theirs."""
     parser = _Parser(
@@ -70,62 +100,79 @@ def build_parser() -> argparse.ArgumentParser:
         usage="slime-train --embedded [--plugins NAME[,NAME…]] [flags]",
         description="A small GRPO trainer in one process, on the CPU or one GPU: megatron-core's GPTModel as the "
         "policy, transformers' model of the same weights as the rollout engine. It is not slime: it needs none, and "
-        "it calls the same plugins.",
+        "it calls the same plugins (`miles-plugins list` shows them). Flags have slime's names where slime has them.",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
-    run = parser.add_argument_group("the run")
-    run.add_argument("--run-folder", type=Path, help="new folder for all results (default: runs/embedded-DATE-TIME)")
-    run.add_argument("--compare", action="store_true", help="run twice, with and without the plugins, and compare")
-    run.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    run.add_argument("--seed", type=int, default=1234, help="of the random model, the prompts and the sampling")
-    run.add_argument("--threads", type=_positive, default=1, help="CPU threads; part of what makes a run repeatable")
-    run.add_argument("--num-rollout", type=_positive, default=60, help="rollouts to train on, all runs together")
+    count: dict[str, Any] = {"type": _positive, "metavar": "N"}
+    folder: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 
-    model = parser.add_argument_group("the model: a Qwen3-MoE folder, or a tiny random one of this shape")
-    model.add_argument("--hf-checkpoint", type=Path, help="Hugging Face folder; the next flags then must not be given")
-    model.add_argument("--num-layers", type=_positive, help=f"(default: {TINY['num_layers']})")
-    model.add_argument("--hidden-size", type=_positive, help=f"(default: {TINY['hidden_size']})")
-    model.add_argument("--num-experts", type=_positive, help=f"(default: {TINY['num_experts']})")
-    model.add_argument("--moe-router-topk", type=_positive, help=f"(default: {TINY['moe_router_topk']})")
-    model.add_argument("--recompute-granularity", choices=["full"], help="recompute activations in the backward pass")
+    def number(low: float, high: float = math.inf, *, above: bool = False) -> dict[str, Any]:
+        return {"type": _number(low, high, above=above), "metavar": "X"}
 
-    rollout = parser.add_argument_group("the rollout")
-    rollout.add_argument("--prompt-data", type=Path, help="JSON lines (default: a built-in task: answer with digits)")
-    rollout.add_argument("--input-key", default="text")
-    rollout.add_argument("--label-key", default="label")
-    rollout.add_argument("--custom-rm-path", default=f"{toy_task.__name__}.reward", help="MODULE.FUNCTION, as in slime")
-    rollout.add_argument("--rollout-batch-size", type=_positive, default=8, help="prompts a rollout")
-    rollout.add_argument("--n-samples-per-prompt", type=_positive, default=8)
-    rollout.add_argument("--rollout-max-response-len", type=_positive, default=16)
-    rollout.add_argument("--rollout-temperature", type=float, default=1.0)
-    rollout.add_argument("--rollout-shuffle", action="store_true")
-    rollout.add_argument("--rollout-seed", type=int, help="(default: --seed)")
+    run = parser.add_argument_group("the run").add_argument
+    run("--run-folder", **folder, help="new folder for all results (default: runs/embedded-DATE-TIME)")
+    run("--compare", action="store_true", help="run twice, without and with the plugins, and compare")
+    run("--json", action="store_true", help="print one JSON object instead of tables")
+    run("--seed", type=_seed, metavar="N", default=1234, help="of the random model, the prompts and the sampling")
+    run("--threads", **count, default=1, help="CPU threads; part of what makes a run repeatable")
+    run("--num-rollout", **count, default=60, help="rollouts to train on, counted from the very start")
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--global-batch-size", type=_positive, help="samples a step (default: one step a rollout)")
-    training.add_argument("--micro-batch-size", type=_positive, default=16, help="samples packed into one forward pass")
-    training.add_argument("--lr", type=float, default=2e-3)
-    training.add_argument("--adam-beta1", type=float, default=0.9)
-    training.add_argument("--adam-beta2", type=float, default=0.98)
-    training.add_argument("--adam-eps", type=float, default=1e-8)
-    training.add_argument("--weight-decay", type=float, default=0.0)
-    training.add_argument("--clip-grad", type=float, default=1.0)
-    training.add_argument("--eps-clip", type=float, default=0.2)
-    training.add_argument("--eps-clip-high", type=float, help="(default: --eps-clip)")
-    training.add_argument("--entropy-coef", type=float, default=0.0)
-    training.add_argument("--use-kl-loss", action="store_true", help="towards the weights at the start")
-    training.add_argument("--kl-loss-coef", type=float, default=0.0)
-    training.add_argument(
-        "--disable-grpo-std-normalization", action="store_false", dest="grpo_std_normalization", help=argparse.SUPPRESS
+    model = parser.add_argument_group("the model: a Qwen3-MoE folder, or a tiny random one of this shape").add_argument
+    model("--hf-checkpoint", **folder, help="Hugging Face folder; its config.json then says the shape")
+    model("--num-layers", **count, help=f"layers (default: {TINY['num_layers']})")
+    model("--hidden-size", **count, help=f"width (default: {TINY['hidden_size']})")
+    model("--num-experts", **count, help=f"experts a layer (default: {TINY['num_experts']})")
+    model("--moe-router-topk", **count, help=f"experts a token (default: {TINY['moe_router_topk']})")
+    model("--recompute-granularity", choices=["full"], help="recompute activations in the backward pass")
+
+    task = parser.add_argument_group("the task").add_argument
+    task("--prompt-data", type=Path, metavar="FILE", help="JSON lines (default: built-in prompts: answer with digits)")
+    task("--input-key", metavar="KEY", help="the prompt's field (default: input)")
+    task("--label-key", metavar="KEY", help="the label's field, if there is one (default: none)")
+    task(
+        "--custom-rm-path",
+        metavar="MODULE.FUNCTION",
+        default=f"{toy_task.__name__}.reward",
+        help="async def reward(args, sample, **kwargs) -> float (default: the share of digits in the answer)",
     )
-    training.add_argument("--use-rollout-routing-replay", action="store_true", help="set by --plugins r3")
 
-    checkpoint = parser.add_argument_group("checkpoints")
-    checkpoint.add_argument("--save", type=Path, help="folder for checkpoints")
-    checkpoint.add_argument("--save-interval", type=_positive, help="rollouts (default: only the last)")
-    checkpoint.add_argument("--load", type=Path, help="folder of --save to go on from, at its latest checkpoint")
-    checkpoint.add_argument(
+    rollout = parser.add_argument_group("the rollout").add_argument
+    rollout("--rollout-batch-size", **count, default=8, help="prompts a rollout")
+    rollout("--n-samples-per-prompt", **count, default=8, help="answers a prompt: a group")
+    rollout("--rollout-max-response-len", **count, default=16, help="tokens; longer answers are truncated")
+    rollout("--rollout-temperature", **number(GREEDY_BELOW), default=1.0, help="of the sampling")
+    rollout("--rollout-shuffle", action="store_true", help="shuffle the prompts in each epoch")
+    rollout("--rollout-seed", type=_seed, metavar="N", help="of shuffling and sampling (default: --seed)")
+
+    training = parser.add_argument_group("training").add_argument
+    training("--global-batch-size", **count, help="samples an optimizer step (default: one step a rollout)")
+    training("--micro-batch-size", **count, default=16, help="samples packed into one forward pass")
+    training("--lr", **number(0), default=2e-3, help="learning rate, constant")
+    training("--adam-beta1", **number(0, 1), default=0.9, help="decay of the mean")
+    training("--adam-beta2", **number(0, 1), default=0.98, help="decay of the mean square")
+    training("--adam-eps", **number(0, above=True), default=1e-8, help="of the denominator")
+    training("--weight-decay", **number(0), default=0.0, help="of matrices")
+    training("--clip-grad", **number(0), default=1.0, help="largest gradient norm; 0: no limit")
+    training("--eps-clip", **number(0), default=0.2, help="how far the ratio may fall")
+    training("--eps-clip-high", **number(0), help="how far it may rise (default: --eps-clip)")
+    training("--entropy-coef", **number(0), default=0.0, help="weight of the entropy bonus")
+    training("--use-kl-loss", action="store_true", help="hold the policy near its first weights")
+    training("--kl-loss-type", choices=["k1", "k2", "k3", "low_var_kl"], default="k1", help="estimator of that")
+    training("--kl-loss-coef", **number(0), default=0.0, help="weight of that")
+    training(
+        "--disable-grpo-std-normalization",
+        action="store_false",
+        dest="grpo_std_normalization",
+        help="advantages are not divided by their group's standard deviation (default: they are)",
+    )
+    training("--use-rollout-routing-replay", action="store_true", help="set by --plugins r3")
+
+    checkpoints = parser.add_argument_group("checkpoints").add_argument
+    checkpoints("--save", **folder, help="where to save; always after the last rollout")
+    checkpoints("--save-interval", **count, help="also after every N rollouts")
+    checkpoints("--load", **folder, help="a folder of --save, to go on from its latest checkpoint")
+    checkpoints(
         "--load-with-other-plugins", action="store_true", help="go on although the checkpoint had other plugins"
     )
     return parser
@@ -143,11 +190,11 @@ def parse(flags: Sequence[str], plugins: Plugins) -> Namespace:
         if unknown := _unknown(parser, defaults):
             raise ArgumentError(
                 f"plugin {name} is not for the embedded host",
-                {"it sets": " ".join(unknown), "which": "only slime has"},
+                {"it sets": f"flags that only slime has, {unknown[0]} and others"},
                 "leave it out" + (": this host computes on the CPU by itself" if name == "cpu_rehearsal" else ""),
             )
         added += defaults
-    if unknown := _unknown(parser, flags):
+    if unknown := [word for word in _unknown(parser, flags) if word.startswith("-")] or _unknown(parser, flags):
         known = sorted(parser._option_string_actions)
         near = {word: "".join(difflib.get_close_matches(word.split("=")[0], known, n=1)) for word in unknown}
         raise ArgumentError(
@@ -199,6 +246,9 @@ def complete(args: Namespace) -> None:
     for name in ("run_folder", "hf_checkpoint", "prompt_data", "save", "load"):
         if (path := getattr(args, name)) is not None:
             setattr(args, name, path.expanduser().absolute())
+    if args.prompt_data is None:
+        args.input_key, args.label_key = "text", "label"  # of the built-in task
+    args.input_key = args.input_key or "input"
     if args.rollout_seed is None:
         args.rollout_seed = args.seed
     if args.eps_clip_high is None:
@@ -216,12 +266,6 @@ def complete(args: Namespace) -> None:
             "with one sample a prompt every advantage is zero",
             {"--n-samples-per-prompt": args.n_samples_per_prompt},
             "give at least 2: GRPO compares the samples of a group",
-        )
-    if args.rollout_temperature <= 0:
-        raise ArgumentError(
-            "without chance every sample of a group is the same, and nothing is learnt",
-            {"--rollout-temperature": args.rollout_temperature},
-            "give a temperature above 0",
         )
     if args.threads > (cores := len(os.sched_getaffinity(0))):
         raise ArgumentError(f"--threads {args.threads}: there are {cores} cores here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,33 +12,39 @@ from typing import Any
 from miles_plugins.errors import ArgumentError
 
 LATEST = "latest_checkpointed_iteration.txt"
-STATE = "state.pt"
+STATE, IDENTITY = "state.pt", "identity.json"
 FORMAT = 1
 
 
 def save(folder: Path, rollouts: int, identity: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
-    """Write the state after so many rollouts.
+    """Write the state after so many rollouts; a checkpoint of that number gives way to it.
 
     Args:
-        identity: `shape` of the model, `plugins` (name to version) and their `digest`.
+        identity: `shape` of the model, `plugins` (name to version) and their `digest`, and the `run` it belongs to.
 
     Raises:
         ArgumentError: the disk is full or the folder cannot be written; what was there before still is.
     """
     import torch
 
-    target, partial = _folder_of(folder, rollouts), folder / f".{rollouts}.partial"
+    target = _folder_of(folder, rollouts)
+    partial, replaced = folder / f".{rollouts}.partial", folder / f".{rollouts}.replaced"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        (partial / IDENTITY).write_text(json.dumps({"format": FORMAT, "rollouts": rollouts, **identity}, indent=2))
         with open(partial / STATE, "wb") as file:
-            torch.save({"format": FORMAT, "rollouts": rollouts, **identity, **state}, file)
+            torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():  # an interrupted save, or a run that went back to an older checkpoint
+            target.rename(replaced)
         partial.rename(target)
         latest = folder / f".{LATEST}.partial"
         latest.write_text(f"{rollouts}\n")
         latest.replace(folder / LATEST)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         raise ArgumentError(
@@ -48,8 +55,33 @@ def save(folder: Path, rollouts: int, identity: Mapping[str, Any], state: Mappin
     return target
 
 
+def describe(folder: Path) -> dict[str, Any]:
+    """What the latest checkpoint of a folder says of itself: see `save`, and `rollouts`. Reads no weights.
+
+    Raises:
+        ArgumentError: there is none, or it cannot be read.
+    """
+    try:
+        number = int((folder / LATEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            "there is no checkpoint", {"file": folder / LATEST, "error": error}, "check --load"
+        ) from error
+    file = _folder_of(folder, number) / IDENTITY
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        known = found["format"] == FORMAT and all(
+            name in found for name in ("rollouts", "shape", "plugins", "digest", "run")
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(file, error) from error
+    if not known:
+        raise ArgumentError("the checkpoint has another format", {"file": file, "expected": FORMAT})
+    return found
+
+
 def load(folder: Path, identity: Mapping[str, Any], *, other_plugins: bool = False) -> dict[str, Any]:
-    """The latest checkpoint of a folder.
+    """The state in the latest checkpoint of a folder.
 
     Args:
         identity: of the run that loads, as in `save`.
@@ -60,22 +92,8 @@ def load(folder: Path, identity: Mapping[str, Any], *, other_plugins: bool = Fal
     """
     import torch
 
-    file = _folder_of(folder, latest(folder)) / STATE
-    where = {"file": file}
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        found = {name: state[name] for name in ("format", "rollouts", *identity)}
-    except Exception as error:  # torch.load has no error of its own: pickle's, zip's and the system's come through
-        reason = f"{type(error).__name__}: {error}"
-        raise ArgumentError(
-            "the checkpoint cannot be read",
-            {**where, "error": reason},
-            f"take an older one: write its number into {LATEST}",
-        ) from error
-    if found["format"] != FORMAT:
-        raise ArgumentError(
-            "the checkpoint has another format", {"found": found["format"], "expected": FORMAT, **where}
-        )
+    found = describe(folder)
+    file = _folder_of(folder, found["rollouts"]) / STATE
     differing = {
         name: f"{found['shape'].get(name)} in the checkpoint, {value} in this run"
         for name, value in identity["shape"].items()
@@ -83,15 +101,19 @@ def load(folder: Path, identity: Mapping[str, Any], *, other_plugins: bool = Fal
     }
     if differing:
         raise ArgumentError(
-            "the checkpoint is of another model", {**differing, **where}, "give the model that it was trained from"
+            "the checkpoint is of another model", {**differing, "in": file}, "give the model that it was trained from"
         )
     if found["digest"] != identity["digest"] and not other_plugins:
         same = found["plugins"] == identity["plugins"]
         raise ArgumentError(
             "the checkpoint was made under another plugin set" if not same else "the plugins' code has changed since",
-            {"checkpoint": _plugins(found), "this run": _plugins(identity), **where},
+            {"checkpoint": _plugins(found, digest=same), "this run": _plugins(identity, digest=same), "in": file},
             "give the same --plugins, or --load-with-other-plugins to go on with these",
         )
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own: pickle's, zip's and the system's come through
+        raise _unreadable(file, error) from error
     return state
 
 
@@ -100,20 +122,18 @@ def holds_one(folder: Path) -> bool:
     return (folder / LATEST).exists()
 
 
-def latest(folder: Path) -> int:
-    """The number of rollouts in the latest checkpoint. Raises ArgumentError when there is none."""
-    try:
-        return int((folder / LATEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ArgumentError(
-            "there is no checkpoint", {"file": folder / LATEST, "error": error}, "check --load"
-        ) from error
+def _unreadable(file: Path, error: Exception) -> ArgumentError:
+    return ArgumentError(
+        "the checkpoint cannot be read",
+        {"file": file, "error": f"{type(error).__name__}: {error}"},
+        f"take an older one: write its number into {LATEST}",
+    )
 
 
 def _folder_of(folder: Path, rollouts: int) -> Path:
     return folder / f"iter_{rollouts:07d}"
 
 
-def _plugins(identity: Mapping[str, Any]) -> str:
-    names = ", ".join(f"{name} {version}" for name, version in identity["plugins"].items())
-    return f"{names or 'no plugins'} [{identity['digest']}]"
+def _plugins(identity: Mapping[str, Any], *, digest: bool) -> str:
+    names = ", ".join(f"{name} {version}" for name, version in identity["plugins"].items()) or "no plugins"
+    return f"{names} [{identity['digest']}]" if digest else names

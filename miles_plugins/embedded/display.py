@@ -43,7 +43,7 @@ class Display:
         self._bar = Progress(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24, complete_style="blue"),
             MofNCompleteColumn(),
             TextColumn("{task.fields[phase]}", style="dim", markup=False),
             console=console,

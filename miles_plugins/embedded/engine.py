@@ -120,7 +120,14 @@ class RolloutEngine:
             started = time.perf_counter()
             refuse_unknown("field", payload, {field.name for field in fields(GenerateRequest)})
             request = GenerateRequest(**payload)
-            self._on_request(self.server_args, request)
+            try:
+                self._on_request(self.server_args, request)
+            except AttributeError as error:
+                raise PluginError(
+                    "a plugin's receive_engine_request failed",
+                    {"error": error, "fields": ", ".join(field.name for field in fields(GenerateRequest))},
+                    "the embedded engine has only these of SGLang's fields",
+                ) from error
             refuse_unsupported(request)
             prompts, single = self._prompts(request)
             samplings = [checked_sampling(params) for params in one_each(request.sampling_params or {}, len(prompts))]

@@ -13,7 +13,7 @@ from miles_plugins.errors import ArgumentError
 GREEDY_BELOW = 1e-6  # temperature; SGLang's own limit
 
 
-@dataclass
+@dataclass(slots=True)
 class GenerateRequest:
     """The part of SGLang's GenerateReqInput that is understood: one prompt, or a batch as a list of them."""
 

@@ -13,24 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from miles_plugins import attestation, weights
 from miles_plugins.activation import Activation
-from miles_plugins.embedded import checkpoint
+from miles_plugins.embedded import checkpoint, random_state
 from miles_plugins.embedded.engine import RolloutEngine, ServerArgs
-from miles_plugins.embedded.policy import build_policy, load_weights, named_batches
+from miles_plugins.embedded.policy import SHAPE, build_policy, load_weights, named_batches
 from miles_plugins.embedded.recorder import Recorder
 from miles_plugins.embedded.results import ROLLOUT_OF_TRAIN_STEP, ROLLOUT_STEP, TRAIN_STEP, RolloutResult
 from miles_plugins.embedded.samples import Prompts, Sample, Status, fill, give_rewards, load_reward, to_train_data
 from miles_plugins.embedded.trainer import Trainer
-from miles_plugins.errors import ArgumentError, AttestationError
+from miles_plugins.errors import ArgumentError, AttestationError, PluginError
 
 if TYPE_CHECKING:
     import torch
 
 ROLES = ("driver", "rollout_manager", "trainer")  # what this one process is to the plugins, in slime's words
 PATIENCE = 3  # rollouts that may pass before the first one that anything can be learnt from
-SHAPE = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *("vocab_size", "num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_layer_freq", "rotary_base"),
-)
 
 
 class EmbeddedRun:
@@ -61,12 +57,15 @@ class EmbeddedRun:
         with self.engine.serve() as url:  # plugins probe over HTTP, as they probe SGLang
             self._hook.rollout_ready(args=args, router_url=url, engine_urls=[url])
         policy = build_policy(args, device)
+        self._hook.model_built(args=args, model=[policy], role="actor")  # before any weights, as in slime
         load_weights(args, policy, args.hf_checkpoint)
-        self._hook.model_built(args=args, model=[policy], role="actor")
         self.trainer = Trainer(args, self._hook, policy)
-        self.first_rollout = self._resume() if args.load else 0
+        resumed = self._resume() if args.load else None
+        self.first_rollout: int = checkpoint.describe(args.load)["rollouts"] if args.load else 0
         self.send_weights(self.first_rollout)
         self.reports = self._attest()
+        if resumed is not None:
+            random_state.restore(resumed["random"])  # last: what comes before draws too
 
     # -- before the first rollout -------------------------------------------------------------------------------------
 
@@ -77,13 +76,13 @@ class EmbeddedRun:
             "shape": {name: getattr(self.args, name) for name in SHAPE},
             "plugins": {plugin.name: plugin.version for plugin in self._activation.plugins},
             "digest": self._activation.plugins.digest,
+            "run": self.args.run_id,
         }
 
-    def _resume(self) -> int:
+    def _resume(self) -> dict[str, Any]:
         state = checkpoint.load(self.args.load, self.identity, other_plugins=self.args.load_with_other_plugins)
         self.trainer.restore(state)
-        rollouts: int = state["rollouts"]
-        return rollouts
+        return state
 
     def _attest(self) -> list[dict[str, Any]]:
         """One report for each role that this process plays, held to the same rules as slime's processes."""
@@ -110,7 +109,7 @@ class EmbeddedRun:
         Raises:
             ArgumentError: nothing can be learnt from the rewards, or something cannot be written.
         """
-        learnt = False
+        learnt = self.first_rollout > 0
         for rollout in range(self.first_rollout, self.args.num_rollout):
             phase("generating")
             begun = time.perf_counter()
@@ -120,11 +119,12 @@ class EmbeddedRun:
             train_data = to_train_data(self.args, samples)
             self._hook.collect_train_data(args=self.args, samples=samples, train_data=train_data)
             learnt = learnt or metrics["rollout/zero_variance_groups"] < 1
-            if not learnt and rollout + 1 - self.first_rollout >= PATIENCE:
-                raise _nothing_to_learn(self.args, samples)
+            if not learnt and rollout + 1 >= min(PATIENCE, self.args.num_rollout):
+                raise _nothing_to_learn(self.args, rollout + 1, samples)
 
             phase("training")
-            steps = list(self._train(rollout, train_data, samples))
+            self.trainer.meter.traces = _traces(samples, train_data)
+            steps = list(self._train(rollout, train_data))
             for step in steps:
                 self._log(recorder, step, TRAIN_STEP)
             phase("sending weights")
@@ -157,14 +157,11 @@ class EmbeddedRun:
         give_rewards(args, samples, self._reward)
         return samples
 
-    def _train(
-        self, rollout: int, train_data: Mapping[str, Any], samples: Sequence[Sample]
-    ) -> Iterator[dict[str, float]]:
-        traces = [sample.rollout_routed_experts for sample in samples if sample.rollout_routed_experts is not None]
+    def _train(self, rollout: int, train_data: Mapping[str, Any]) -> Iterator[dict[str, float]]:
         begun = time.perf_counter()
-        data = self.trainer.receive(train_data, traces)
-        self.trainer.add_log_probs(data)
-        steps = len(samples) // self.args.global_batch_size
+        data = self.trainer.receive(train_data)
+        self.trainer.prepare(data)
+        steps = len(data["tokens"]) // self.args.global_batch_size
         for number, metrics in enumerate(self.trainer.train(data)):
             now = time.perf_counter()
             named = {f"train/{name}": value for name, value in metrics.items()}
@@ -176,17 +173,20 @@ class EmbeddedRun:
             }
             begun = now
 
-    def send_weights(self, version: int) -> None:
-        """Give the engine the policy's weights, by their Hugging Face names and past the plugins."""
+    def send_weights(self, rollouts: int) -> None:
+        """Give the engine the policy's weights after so many rollouts, by Hugging Face names and past the plugins."""
         batches = named_batches(self.args, self.trainer.policy)
         exported = (weights.export(self._activation.plugins, self.args, batch) for batch in batches)
-        self.engine.update_weights((pair for batch in exported for pair in batch), str(version))
+        # Versions begin at 1, as in slime: what the engine loaded by itself is no version of the trainer's.
+        self.engine.update_weights((pair for batch in exported for pair in batch), str(rollouts + 1))
 
     def _save(self, rollouts: int) -> None:
         args = self.args
         last = rollouts == args.num_rollout
         if args.save and (last or (args.save_interval and rollouts % args.save_interval == 0)):
-            checkpoint.save(args.save, rollouts, self.identity, self.trainer.state())
+            checkpoint.save(
+                args.save, rollouts, self.identity, {**self.trainer.state(), "random": random_state.capture()}
+            )
 
     def _log(self, recorder: Recorder, metrics: Mapping[str, float], step_key: str) -> None:
         recorder.log(metrics, step_key)
@@ -212,10 +212,25 @@ def _rollout_metrics(args: Namespace, rollout: int, samples: Sequence[Sample], s
     }
 
 
-def _nothing_to_learn(args: Namespace, samples: Sequence[Sample]) -> ArgumentError:
+def _traces(samples: Sequence[Sample], train_data: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Each sample's routing in the rollout, to measure by.
+
+    Raises:
+        PluginError: the training data is not of these samples any more, so that one would be measured by another's.
+    """
+    if train_data["tokens"] != [sample.tokens for sample in samples]:
+        raise PluginError(
+            "a plugin changed or reordered the samples in collect_train_data",
+            {"expected": f"the tokens of the rollout's {len(samples)} samples, in their order"},
+            "the embedded host measures routing by them; change other fields, or use slime",
+        )
+    return [sample.rollout_routed_experts for sample in samples if sample.rollout_routed_experts is not None]
+
+
+def _nothing_to_learn(args: Namespace, rollouts: int, samples: Sequence[Sample]) -> ArgumentError:
     found = sorted({sample.reward for sample in samples})
     return ArgumentError(
-        f"nothing can be learnt: in {PATIENCE} rollouts every group's samples were rewarded alike",
+        f"nothing can be learnt: in {rollouts} rollouts every group's samples were rewarded alike",
         {
             "rewards": ", ".join(f"{reward:g}" for reward in found[:5]),
             "reward function": args.custom_rm_path,

@@ -63,7 +63,7 @@ def _loading(folder: str | Path) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        found = f"{type(cause).__name__}: {str(cause)[:500]}"
+        found = f"{type(cause).__name__}: {str(cause).partition('look at the above report')[0][:500]}"
         if isinstance(error, ImportError):
             advice = "a torchvision that does not belong to this torch is a known cause: reinstall it, or take it out"
             raise UpstreamError("transformers cannot be imported whole", {"found": found}, advice) from error
@@ -129,7 +129,10 @@ def find_routers(model: Any) -> dict[int, Any]:
     with ExitStack() as hooks, torch.inference_mode():
         for name, layer in layers.items():
             hooks.callback(model.get_submodule(name).register_forward_hook(hook(layer, name)).remove)
-        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=False)
+        try:
+            model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=False)
+        except RuntimeError as error:
+            raise refusal("transformers cannot run a model of this shape", error, next="choose other sizes") from error
     claimed = [
         name for name in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(model.config, name, 0)
     ]

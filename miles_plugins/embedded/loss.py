@@ -22,7 +22,7 @@ def grpo_loss(
     Args:
         log_probs, entropy: [tokens] float32, the samples' response tokens one after the other.
         batch: a list with one [response length] float32 tensor a sample under `log_probs` (before the step),
-            `advantages`, `loss_masks`, and with --use-kl-loss `ref_log_probs`.
+            `advantages`, `loss_masks` (0 or 1), and with --use-kl-loss `ref_log_probs`.
 
     Returns:
         The loss, with gradient, and its terms.
@@ -39,12 +39,27 @@ def grpo_loss(
         "ppo_kl": -log_ratio,
         "entropy_loss": entropy,
     }
-    if args.use_kl_loss:  # the estimator that is never negative: k3 of joschu.net/blog/kl-approx.html
-        difference = torch.cat(batch["ref_log_probs"]) - log_probs
-        terms["kl_loss"] = difference.exp() - difference - 1
+    if args.use_kl_loss:
+        terms["kl_loss"] = kl_estimate(log_probs - torch.cat(batch["ref_log_probs"]), args.kl_loss_type)
     shares = torch.cat([mask / mask.sum().clamp_min(1) for mask in batch["loss_masks"]]) / args.global_batch_size
     means = {name: (term * shares).sum() for name, term in terms.items()}
     loss = means["pg_loss"] - args.entropy_coef * means["entropy_loss"]
     if args.use_kl_loss:
         loss = loss + args.kl_loss_coef * means["kl_loss"]
     return loss, {name: float(mean.detach()) for name, mean in {**means, "loss": loss}.items()}
+
+
+def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
+    """The KL divergence from the reference, estimated at each token.
+
+    Schulman, joschu.net/blog/kl-approx.html: k1 is unbiased, k2 has low variance, k3 (low_var_kl) both, and neither of
+    these two is ever negative.
+
+    Args:
+        log_ratio: log-probability of the policy less that of the reference.
+    """
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return log_ratio.square() / 2
+    return (-log_ratio).exp() + log_ratio - 1

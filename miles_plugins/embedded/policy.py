@@ -43,6 +43,13 @@ _OTHER = {
 }
 
 
+SHAPE = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("vocab_size", "norm_epsilon", "rotary_base", "num_experts", "moe_ffn_hidden_size", "moe_router_topk"),
+    *("moe_router_pre_softmax", "moe_layer_freq", "untie_embeddings_and_output_weights", "max_position_embeddings"),
+)
+
+
 # -- its shape -------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +105,22 @@ def shape_of(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 
 def build_policy(args: Namespace, device: torch.device) -> torch.nn.Module:
-    """A GPTModel of the shape in `args`, bfloat16, with megatron-core's local (not TransformerEngine) modules."""
+    """A GPTModel of the shape in `args`, bfloat16, with megatron-core's local (not TransformerEngine) modules.
+
+    Raises:
+        ArgumentError: megatron-core refuses the shape.
+    """
+    try:
+        return _build(args).bfloat16().to(device)  # as Megatron's Float16Module does
+    except (ValueError, AssertionError) as error:
+        raise ArgumentError(
+            "megatron-core refuses the model's shape",
+            {"error": str(error).strip() or type(error).__name__, "in": args.hf_checkpoint},
+            "change the shape, or give another checkpoint",
+        ) from error
+
+
+def _build(args: Namespace) -> torch.nn.Module:
     import torch
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -141,7 +163,7 @@ def build_policy(args: Namespace, device: torch.device) -> torch.nn.Module:
         gradient_accumulation_fusion=False,
     )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    model = GPTModel(
+    policy: torch.nn.Module = GPTModel(
         config,
         spec,
         vocab_size=args.vocab_size,
@@ -150,7 +172,6 @@ def build_policy(args: Namespace, device: torch.device) -> torch.nn.Module:
         rotary_base=args.rotary_base,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
     )
-    policy: torch.nn.Module = model.bfloat16().to(device)  # as Megatron's Float16Module does
     return policy
 
 
@@ -212,8 +233,9 @@ def load_weights(args: Namespace, policy: torch.nn.Module, folder: Path) -> None
     tensors = _open(folder)
     wanted = {name: hugging_face_names(name) for name, _ in policy.named_parameters()}
     missing = sorted({part for parts in wanted.values() for part in parts} - set(tensors))
-    foreign = sorted(set(tensors) - {part for parts in wanted.values() for part in parts})
-    if missing or (foreign and args.untie_embeddings_and_output_weights):
+    tied = set() if args.untie_embeddings_and_output_weights else {"lm_head.weight"}  # a copy of the embeddings
+    foreign = sorted(set(tensors) - {part for parts in wanted.values() for part in parts} - tied)
+    if missing or foreign:
         raise ArgumentError(
             "the checkpoint's tensors are not those of the model in its config.json",
             {"in": folder, "missing": ", ".join(missing[:4]), "not in the model": ", ".join(foreign[:4])},
@@ -246,6 +268,12 @@ def _open(folder: Path) -> dict[str, torch.Tensor]:
         sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
     )
     tensors: dict[str, torch.Tensor] = {}
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        raise ArgumentError(
+            "the checkpoint has no weights in safetensors",
+            {"in": folder, "missing": ", ".join(absent[:4])},
+            "copy it whole, or save it again with save_pretrained",
+        )
     for file in files:
         try:
             tensors |= load_file(folder / file)

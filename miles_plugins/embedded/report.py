@@ -73,12 +73,12 @@ def write_report(file: Path, runs: Mapping[str, Sequence[RolloutResult]], title:
         matplotlib.rcdefaults()  # the reader's own matplotlibrc must not change the picture
         matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(WIDTH, HEIGHT))
-        figure.subplots_adjust(left=0.09, right=0.895, top=0.885, bottom=0.055, hspace=0.27)
-        figure.text(0.09, 0.965, title, fontsize=min(14, 14 * 68 / max(1, len(title))), fontweight="bold", va="center")
+        figure.subplots_adjust(left=0.1, right=0.895, top=0.885, bottom=0.055, hspace=0.27)
+        figure.text(0.1, 0.965, title, fontsize=min(14, 14 * 68 / max(1, len(title))), fontweight="bold", va="center")
         handles = [Line2D([], [], color=color, linewidth=2.2, label=name) for name, (color, _) in colored.items()]
         if handles:
             figure.legend(
-                handles=handles, loc="center left", bbox_to_anchor=(0.082, 0.937), ncols=len(runs), borderpad=0
+                handles=handles, loc="center left", bbox_to_anchor=(0.092, 0.937), ncols=len(runs), borderpad=0
             )
         panels = figure.subplots(3, 1)
         for panel, draw in zip(panels, (_draw_reward, _draw_logprobs, _draw_routing), strict=True):
@@ -340,16 +340,16 @@ def _cells(summary: RunSummary) -> dict[str, str]:
     ratio, speed, different = summary.reward_ratio, summary.tokens_per_second, summary.routing_different
     return {
         "rollouts": str(summary.rollouts),
-        "mean reward, first tenth": number(summary.first_reward, ".3f"),
+        "mean reward, first tenth of the rollouts": number(summary.first_reward, ".3f"),
         "mean reward, last tenth": number(summary.last_reward, ".3f"),
         "last / first": "–" if ratio is None else f"{ratio:.1f} x",
         "log-prob difference, mean": number(summary.logprob_difference, ".2g"),
         "log-prob difference, 99th percentile": number(summary.logprob_difference_p99, ".2g"),
         "log-prob difference, maximum": number(summary.logprob_difference_max, ".2g"),
-        "tokens routed differently": "–" if different is None else share(different),
+        "routed differently, of (token, layer)": "–" if different is None else share(different),
         "rollouts without gradient": str(summary.rollouts_without_gradient),
         "speed": "–" if speed is None else f"{compact(speed)} tokens/s",
-        "time": duration(summary.seconds),
+        "time, without loading": duration(summary.seconds),
     }
 
 

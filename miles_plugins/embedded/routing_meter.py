@@ -22,6 +22,10 @@ class RoutingMeter:
 
         self._args = args
         self._layers = moe_layers(args.num_layers, args.moe_layer_freq)
+        self.traces: Sequence[torch.Tensor] = ()
+        """Each sample's routing in the rollout, [tokens - 1, all layers, topk]; the host sets it for each rollout."""
+        self.next: Sequence[int] = ()
+        """The samples of the next microbatch."""
         self._expected: tuple[torch.Tensor, torch.Tensor] | None = None
         self._entered = False
         self._reset()
@@ -43,15 +47,10 @@ class RoutingMeter:
     ) -> None:
         self._entered = False
 
-    def microbatch(self, traces: Sequence[torch.Tensor], positions: torch.Tensor) -> None:
-        """The forward pass of one microbatch is about to run.
-
-        Args:
-            traces: each sample's routing in the rollout, [tokens - 1, all layers, topk].
-            positions: see `Microbatch.positions`.
-        """
+    def microbatch(self, positions: torch.Tensor) -> None:
+        """The forward pass of one microbatch is about to run; `positions`: see `Microbatch.positions`."""
         if self._entered:
-            kept = [trace[:, self._layers] for trace in traces]
+            kept = [self.traces[sample][:, self._layers] for sample in self.next]
             self._expected = lay_out(kept, positions, self._args.num_experts)
             self._tokens += int(self._expected[1].sum())
 

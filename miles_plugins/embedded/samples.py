@@ -6,8 +6,11 @@ import asyncio
 import base64
 import enum
 import importlib
+import inspect
 import json
+import math
 import random
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +113,7 @@ def _read(file: Path, input_key: str, label_key: str | None) -> list[tuple[str, 
         except (ValueError, KeyError, TypeError) as error:
             raise ArgumentError(
                 f"line {number} of the prompts is not one",
-                {**where, "found": line[:80], "expected": f'{{"{input_key}": "…"}} as JSON', "error": repr(error)},
+                {**where, "found": line[:80], "expected": _expected(input_key, label_key), "error": repr(error)},
                 "correct the line, or --input-key and --label-key",
             ) from error
         if not isinstance(rows[-1][0], str) or not rows[-1][0]:
@@ -118,6 +121,11 @@ def _read(file: Path, input_key: str, label_key: str | None) -> list[tuple[str, 
     if not rows:
         raise ArgumentError("there are no prompts", where, "give a file with one JSON object a line")
     return rows
+
+
+def _expected(input_key: str, label_key: str | None) -> str:
+    label = f', "{label_key}": "…"' if label_key else ""
+    return f'{{"{input_key}": "…"{label}}} as JSON'
 
 
 def fill(sample: Sample, prompt: Sequence[int], answer: Mapping[str, Any], layers: int, topk: int) -> None:
@@ -142,25 +150,49 @@ def load_reward(path: str) -> Callable[..., Any]:
         reward: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ArgumentError(
-            f"--custom-rm-path {path} cannot be imported", {"error": error}, "give it as package.module.function"
+            f"--custom-rm-path {path} cannot be imported",
+            {"error": error},
+            "give it as module.function, of a module in this folder or on PYTHONPATH",
         ) from error
+    if not inspect.iscoroutinefunction(reward):
+        raise ArgumentError(
+            f"--custom-rm-path {path} is no async function",
+            {"found": type(reward).__name__, "expected": "async def reward(args, sample, **kwargs) -> float"},
+            "slime awaits it, and so does this host",
+        )
     return reward
 
 
 def give_rewards(args: Namespace, samples: Sequence[Sample], reward: Callable[..., Any]) -> None:
     """Ask the reward function for every sample, all at once as slime does."""
 
+    async def ask_for(sample: Sample) -> Any:
+        try:
+            return await reward(args, sample)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise ArgumentError(
+                f"the reward function {args.custom_rm_path} failed",
+                {
+                    "error": f"{type(error).__name__}: {error}",
+                    "at": f"{where.filename}:{where.lineno}: {where.line}",
+                    "sample": f"{sample.index}, response {sample.response[:60]!r}",
+                },
+            ) from error
+
     async def ask() -> list[Any]:
-        return await asyncio.gather(*(reward(args, sample) for sample in samples))
+        return await asyncio.gather(*map(ask_for, samples))
 
     for sample, value in zip(samples, asyncio.run(ask()), strict=True):
         try:
             sample.reward = float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError):
+            sample.reward = math.nan
+        if not math.isfinite(sample.reward):
             raise ArgumentError(
-                "the reward function gave something that is no number",
+                "the reward function gave something that is no finite number",
                 {"function": args.custom_rm_path, "found": repr(value), "sample": sample.index},
-            ) from error
+            )
 
 
 def group_advantages(args: Namespace, rewards: Sequence[float]) -> list[float]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PAD_MULTIPLE = 128  # tokens of a packed microbatch, as slime's --data-pad-size-multiplier
 PAD_TOKEN = 0
 TRAINED_ON = (
-    *("tokens", "response_lengths", "loss_masks", "advantages"),
+    *("tokens", "total_lengths", "response_lengths", "loss_masks", "advantages"),
     *("rollout_log_probs", "log_probs", "ref_log_probs"),
 )
 
@@ -35,58 +35,49 @@ class Trainer:
         self._device = self._parameters[0].device
         self.main_weights = [parameter.detach().float().clone() for parameter in self._parameters]
         self.optimizer = torch.optim.AdamW(
-            self.main_weights,
+            _groups(self.main_weights, args.weight_decay),
             lr=args.lr,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_eps,
-            weight_decay=args.weight_decay,
         )
         self._reference = [weight.clone() for weight in self.main_weights] if args.use_kl_loss else None
-        self._meter = RoutingMeter(policy, args)
+        self.meter = RoutingMeter(policy, args)
 
     # -- what a rollout brings ----------------------------------------------------------------------------------------
 
-    def receive(self, train_data: Mapping[str, Any], traces: Sequence[torch.Tensor]) -> dict[str, Any]:
-        """The training data as tensors on the policy's device.
-
-        Args:
-            train_data: see `samples.to_train_data`.
-            traces: each sample's routing in the rollout, to measure by; plugins get theirs from `train_data`.
-
-        Raises:
-            PluginError: `--use-rollout-routing-replay`, and no plugin replays.
-        """
+    def receive(self, train_data: Mapping[str, Any]) -> dict[str, Any]:
+        """The training data (see `samples.to_train_data`) as tensors on the policy's device."""
         import torch
 
         data = dict(train_data)
         data["tokens"] = [torch.tensor(tokens, device=self._device) for tokens in data["tokens"]]
-        for name in ("loss_masks", "rollout_log_probs"):
-            data[name] = [torch.tensor(values, dtype=torch.float32, device=self._device) for values in data[name]]
-        data["advantages"] = [
-            torch.full_like(mask, reward) for mask, reward in zip(data["loss_masks"], data["rewards"], strict=True)
-        ]
-        data["measured_routing"] = list(traces)
-        if self._args.use_rollout_routing_replay and not self._hook.take_routed_experts(
-            args=self._args, rollout_data=data
-        ):
-            raise PluginError(
-                "--use-rollout-routing-replay is given and nothing replays",
-                next="name the plugin that does: --plugins r3",
-            )
+        data["total_lengths"] = [len(tokens) for tokens in data["tokens"]]
+        for name, dtype in (("loss_masks", torch.int), ("rollout_log_probs", torch.float32)):
+            data[name] = [torch.tensor(values, dtype=dtype, device=self._device) for values in data[name]]
+        if self._args.use_rollout_routing_replay:
+            taken = self._hook.take_routed_experts(args=self._args, rollout_data=data)
+            if not taken:
+                raise PluginError("no plugin took the routing that --use-rollout-routing-replay asks to replay")
         return data
 
     # -- passes -------------------------------------------------------------------------------------------------------
 
-    def add_log_probs(self, data: dict[str, Any]) -> None:
-        """Fill `ref_log_probs` under --use-kl-loss, and `log_probs`: a [response length] tensor for each sample.
+    def prepare(self, data: dict[str, Any]) -> None:
+        """Fill `ref_log_probs` under --use-kl-loss, `log_probs` and `advantages`: [response length] for each sample.
 
-        With one optimizer step a rollout the step's own forward pass gives the latter, as in slime.
+        With one optimizer step a rollout the step's own forward pass gives `log_probs`, as in slime.
         """
+        import torch
+
         if self._reference is not None:
             with self._weights(self._reference):
                 data["ref_log_probs"] = self._log_probs(data, "ref_log_prob")
         if len(data["tokens"]) > self._args.global_batch_size:
             data["log_probs"] = self._log_probs(data, "log_prob")
+        data["advantages"] = [
+            torch.full_like(log_probs, reward)
+            for log_probs, reward in zip(data["rollout_log_probs"], data["rewards"], strict=True)
+        ]
 
     def _log_probs(self, data: Mapping[str, Any], stage: str) -> list[torch.Tensor]:
         import torch
@@ -110,7 +101,7 @@ class Trainer:
             weight.grad = torch.zeros_like(weight)
         sums: dict[str, float] = {}
         differences: list[torch.Tensor] = []
-        with announced_pass(self._hook, self._args, "train", self.model), self._meter:
+        with announced_pass(self._hook, self._args, "train", self.model), self.meter:
             for batch in self._microbatches(data, indices):
                 log_probs, entropy = self._forward(batch)
                 batch.setdefault("log_probs", log_probs.detach().split(batch["response_lengths"]))
@@ -133,39 +124,39 @@ class Trainer:
                 )
             self.optimizer.step()
             self.copy_to_policy(self.main_weights)
-        metrics = {**sums, "grad_norm": float(norm), **self._meter.shares(), **_summed_up(differences)}
+        metrics = {**sums, "grad_norm": float(norm), **self.meter.shares(), **_summed_up(differences)}
         for plugin_metrics in self._hook.step_metrics(args=self._args):
-            metrics.update(plugin_metrics)
+            metrics.update({name: _mean(value) for name, value in plugin_metrics.items()})
         return metrics
 
     # -- microbatches -------------------------------------------------------------------------------------------------
 
     def _microbatches(self, data: Mapping[str, Any], indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-        wanted = {key for keys in self._hook.microbatch_keys(args=self._args) for key in keys}
-        fields = [name for name in data if name in wanted or name in TRAINED_ON or name == "measured_routing"]
+        wanted = [key for keys in self._hook.microbatch_keys(args=self._args) for key in keys]
+        fields = dict.fromkeys([*(name for name in TRAINED_ON if name in data), *wanted])
         for begin in range(0, len(indices), self._args.micro_batch_size):
             chosen = indices[begin : begin + self._args.micro_batch_size]
-            yield {name: [data[name][index] for index in chosen] for name in fields}
+            self.meter.next = chosen
+            yield {name: [data[name][index] for index in chosen] if name in data else None for name in fields}
 
     def _forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy of every response token, float32, [the samples' response lengths together]."""
         import torch
 
         samples = batch["tokens"]
-        lengths = [len(tokens) for tokens in samples]
+        lengths = batch["total_lengths"]
         total = sum(lengths)
         padding = -total % PAD_MULTIPLE
         bounds = torch.tensor([0, *lengths, *([padding] if padding else [])], device=self._device).cumsum(0)
         batch |= {
             "unconcat_tokens": samples,
-            "total_lengths": lengths,
             "tokens": torch.nn.functional.pad(torch.cat(samples), (0, padding), value=PAD_TOKEN)[None],
             "packed_seq_params": _packed(bounds),
         }
         positions = torch.arange(total + padding, device=self._device)
         positions[total:] = -1
         begin_microbatch(self._hook, self._args, batch, positions)
-        self._meter.microbatch(batch["measured_routing"], positions)
+        self.meter.microbatch(positions)
 
         output = self.policy(batch["tokens"], None, None, packed_seq_params=batch["packed_seq_params"])
         ends = torch.tensor(lengths).cumsum(0).tolist()
@@ -208,7 +199,10 @@ class Trainer:
         """Go on from `state()`."""
         for weight, saved in zip(self.main_weights, state["main_weights"], strict=True):
             weight.copy_(saved)
+        groups = [{**group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, given in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update({name: given[name] for name in ("lr", "betas", "eps", "weight_decay")})  # as the flags say now
         if self._reference is not None and state["reference"] is not None:
             self._reference = [saved.to(self._device) for saved in state["reference"]]
         self.copy_to_policy(self.main_weights)
@@ -222,6 +216,18 @@ def _packed(bounds: torch.Tensor) -> Any:
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
+
+
+def _groups(weights: Sequence[torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, the scales of norms do not, as in Megatron."""
+    matrices, vectors = [w for w in weights if w.dim() > 1], [w for w in weights if w.dim() == 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _mean(value: Any) -> float:
+    import torch
+
+    return float(torch.as_tensor(value, dtype=torch.float64).mean())
 
 
 def _summed_up(differences: Sequence[torch.Tensor]) -> dict[str, float]:

@@ -97,13 +97,15 @@ def rollout_ready(args: Namespace, router_url: str, engine_urls: Sequence[str]) 
 
 @hookimpl
 def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict[str, Any]) -> None:
-    lengths, expected = [len(tokens) for tokens in train_data["tokens"]], [len(sample.tokens) for sample in samples]
-    if lengths != expected:
+    found, expected = [list(tokens) for tokens in train_data["tokens"]], [list(sample.tokens) for sample in samples]
+    if found != expected:
+        differing = [index for index, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]]
         raise PluginError(
             "the training data does not hold the rollout's samples, one for one and in order",
             {
-                "samples": f"{len(expected)} of lengths {expected[:8]}",
-                "training data": f"{len(lengths)}, {lengths[:8]}",
+                "samples": f"{len(expected)} of lengths {[len(tokens) for tokens in expected[:8]]}",
+                "training data": f"{len(found)}, {[len(tokens) for tokens in found[:8]]}",
+                "other tokens": f"in {len(differing)}, first in number {differing[0]}" if differing else None,
             },
             "--custom-convert-samples-to-train-data-path must keep the samples, or r3 be left out",
         )
@@ -203,7 +205,8 @@ def pass_ends(stage: str, model: Sequence[Any], error: BaseException | None) -> 
         raise PluginError(
             f"routing was not replayed everywhere in the {stage} pass",
             {"replayed": f"{replayed:.0f} (token, MoE layer) pairs", "expected": f"{expected:.0f}"},
-            "report this with your parallel and recompute flags; go on from the last checkpoint, not from this step",
+            "another plugin's select_experts may have decided first; else report this with your parallel and recompute "
+            "flags. Go on from the last checkpoint, not from this step",
         )
     if stage == "train":
         _metrics["r3/coverage"] = replayed / expected if expected else 0.0
