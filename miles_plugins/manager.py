@@ -100,6 +100,21 @@ def hook_implementations(module: Any) -> Iterator[tuple[str, Any]]:
             yield options.get("specname") or name, value
 
 
+def _misfit(module: Any) -> dict[str, object]:
+    """The first hook, or argument of a hook, that a plugin module has and this version does not, with the nearest."""
+    known = [name for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")]
+    for name, function in hook_implementations(module):
+        given, spellings, what = [name], known, "hook"
+        if name in known:
+            given = list(inspect.signature(function).parameters)
+            spellings, what = list(inspect.signature(getattr(hookspecs, name)).parameters), f"argument of {name}"
+        for word in given:
+            if word not in spellings:
+                near = difflib.get_close_matches(word, spellings, n=1)
+                return {"unknown": f"{what}: {word}", "known": ", ".join(spellings), "nearest": "".join(near)}
+    return {}
+
+
 def installed_plugins() -> dict[str, Installed]:
     """Every installed plugin by full name.
 
@@ -237,12 +252,9 @@ class Plugins:
             self._manager.register(plugin.module, name=plugin.name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            known = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{hookspecs.PROJECT}_spec")]
-            unknown = [name for name, _ in hook_implementations(plugin.module) if name not in known]
-            near = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
             raise PluginError(
                 f"plugin {plugin.name} does not fit the hooks of this version",
-                {"error": str(error).replace("\n", " "), "nearest": near[0] if near else None},
+                _misfit(plugin.module) or {"error": str(error).replace("\n", " ")},
                 "see docs/hooks.md for every hook and its arguments",
             ) from error
 

@@ -397,7 +397,7 @@ def test_an_unknown_hook_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(PluginError) as caught:
         Plugins([plugin("a", **{name: hookimpl(lambda: None)})])
     assert "plugin a " in caught.value.message
-    assert name in caught.value.facts["error"]
+    assert caught.value.facts["unknown"] == f"hook: {name}"
     assert caught.value.facts["nearest"] == nearest
 
 
@@ -408,8 +408,18 @@ def test_an_unknown_argument_of_a_hook_is_refused():
 
     with pytest.raises(PluginError, match="plugin a ") as caught:
         Plugins([plugin("a", pass_begins=pass_begins)])
-    assert "pass_begins" in caught.value.facts["error"]
-    assert "stag" in caught.value.facts["error"]
+    facts = {"unknown": "argument of pass_begins: stag", "known": "args, stage, model", "nearest": "stage"}
+    assert caught.value.facts == facts
+
+
+def test_what_pluggy_refuses_for_another_reason_is_quoted():
+    @hookimpl(wrapper=True)
+    def pass_begins(stage):
+        return None  # a wrapper must yield
+
+    with pytest.raises(PluginError, match="plugin a ") as caught:
+        Plugins([plugin("a", pass_begins=pass_begins)])
+    assert "wrapper" in caught.value.facts["error"]
 
 
 def test_a_function_that_is_not_marked_is_no_hook():
