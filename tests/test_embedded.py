@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -289,28 +289,45 @@ def test_the_run_folder_holds_everything_and_the_same_seed_gives_the_same(saved:
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def start_and_wait_for(rollouts: int, run: Path, *flags: object) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        command(*flags, "--run-folder", run),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def hear_signals() -> None:
+    """In the child: a test run in the background ignores SIGINT, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the command with these flags; it is not left running, whatever the test finds."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*flags: object) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command(*flags), env=environment(), preexec_fn=hear_signals, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()  # not killed: the run of a comparison has a process of its own to end
+            process.wait(timeout=60)
+
+
+def wait_for(process: subprocess.Popen[str], rollouts: int, run: Path) -> None:
     files = [run / "metrics.jsonl", run / "without" / "metrics.jsonl"]
     deadline = time.monotonic() + 120
     while not any(file.exists() and file.read_text().count("train/step") > 2 * rollouts for file in files):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    return process
 
 
 @pytest.mark.parametrize("compare", [False, True])
-def test_ctrl_c_leaves_a_readable_folder_and_code_130(compare: bool, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_readable_folder_and_code_130(
+    compare: bool, tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
     run = tmp_path / "run"
     more = ["--compare"] if compare else []
-    process = start_and_wait_for(2, run, *SMALL, "--plugins", "r3", "--num-rollout", 100_000, *more)
+    process = started(*SMALL, "--plugins", "r3", "--num-rollout", 100_000, "--run-folder", run, *more)
+    wait_for(process, 2, run)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -321,10 +338,11 @@ def test_ctrl_c_leaves_a_readable_folder_and_code_130(compare: bool, tmp_path: P
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ctrl_c_while_it_loads_leaves_nothing_and_code_130(tmp_path: Path) -> None:
+def test_ctrl_c_while_it_loads_leaves_nothing_and_code_130(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
     run = tmp_path / "run"
-    flags = [*SMALL, "--plugins", "r3", "--run-folder", run]
-    process = subprocess.Popen(command(*flags), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = started(*SMALL, "--plugins", "r3", "--run-folder", run)
     while not run.exists():
         time.sleep(0.01)
     time.sleep(0.2)  # in the middle of importing torch
