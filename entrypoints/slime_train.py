@@ -93,7 +93,7 @@ def _run(own: argparse.Namespace, flags: list[str]) -> None:
 
     names = _named(own)
     script = find_train_script(own.train_script)
-    if script is None and not own.train_script and (not own.argv or "--help" in flags or "-h" in flags):
+    if script is None and not own.train_script and {"--help", "-h"} & set(flags):
         print(USAGE)
         return
     if script is None:

@@ -241,6 +241,15 @@ def test_slime_without_its_script(tmp_path):
     assert done.returncode == 1
     assert "--train-script" in done.stderr
     assert "SLIME_HOME" in done.stderr
+    assert "slime-train --embedded" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--plugins", "r3", "-h"]])
+def test_without_slime_the_help_is_ours(flags, tmp_path):
+    done = run(slime_train_command(*flags), tmp_path)
+    assert done.returncode == 0
+    assert "--embedded" in done.stdout
+    assert "--train-script" in done.stdout
 
 
 def test_plugins_without_slime(script):
