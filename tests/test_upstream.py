@@ -131,13 +131,6 @@ def test_routing_is_replayed_under_tensor_and_expert_parallelism(slime: Path, me
     assert sum(process["role"] == "sglang_scheduler" for process in answer["processes"]) == 2
 
 
-@pytest.mark.usefixtures("upstream_path")
-def test_data_parallelism_without_replay(slime: Path, megatron: Path, tmp_path: Path) -> None:
-    result = rehearse(slime, megatron, tmp_path / "run", "--plugins", "", "--data-parallel", "2")
-    answer = passed(result, tmp_path / "run")
-    assert all(row["replay_coverage"] is None for row in answer["rollouts"])
-
-
 def third_party(folder: Path, name: str, code: str) -> Path:
     """A distribution with one plugin, importable from the folder."""
     (folder / f"{name}.py").write_text(f"from miles_plugins import PluginError, hookimpl\n{code}")
@@ -195,11 +188,13 @@ def collect_train_data(train_data):
 
 
 @pytest.mark.usefixtures("upstream_path")
-def test_the_engine_runs_the_weights_that_a_plugin_exported(slime: Path, megatron: Path, tmp_path: Path) -> None:
+def test_under_data_parallelism_the_engine_runs_the_weights_that_a_plugin_exported(
+    slime: Path, megatron: Path, tmp_path: Path
+) -> None:
     """With a head of zeros, all of the 128 tokens are equally likely: to the engine, and in what is saved."""
     path = third_party(tmp_path, "zero_head", ZERO_HEAD)
     save = f"--save {tmp_path}/saved --save-interval 1 --no-save-optim --save-hf {tmp_path}/hf-{{rollout_id}}"
-    options = ["--plugins", "zero_head", "--rollouts", "1", "--", *save.split()]
+    options = ["--plugins", "zero_head", "--data-parallel", "2", "--rollouts", "1", "--", *save.split()]
     result = rehearse(slime, megatron, tmp_path / "run", *options, path=path)
     assert result.returncode == 0, result.stderr + (tmp_path / "run" / "slime.log").read_text()[-4000:]
     log_probs = [each for sample in json.loads((tmp_path / "log_probs").read_text()) for each in sample]
@@ -218,10 +213,13 @@ def test_the_engine_runs_the_weights_that_a_plugin_exported(slime: Path, megatro
     assert set(saved) == set(trained)
     assert {name for name, weight in saved.items() if not weight.any()} == {"lm_head.weight"}
     answer = json.loads(result.stdout)
-    trainer = next(process for process in answer["processes"] if process["role"] == "trainer")
+    trainer, _ = (process for process in answer["processes"] if process["role"] == "trainer")
     states = {patch["id"]: patch["state"] for patch in trainer["patches"]}
     assert states["slime.weights.export"] == "verified"
-    assert answer["rollouts"][0]["logprob_difference"] > 0.05, "the trainer's own head is no head of zeros"
+    (row,) = answer["rollouts"]
+    assert row["logprob_difference"] > 0.05, "the trainer's own head is no head of zeros"
+    assert row["grad_norm"] > 0
+    assert row["replay_coverage"] is None
 
 
 TORCHVISION = """
