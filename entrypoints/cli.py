@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from miles_plugins.entrypoints.explain import explain
 from miles_plugins.entrypoints.rehearse import rehearse
 from miles_plugins.manager import OWN_DISTRIBUTION, installed_plugins, load
 
@@ -43,6 +44,7 @@ def list_plugins(json: bool) -> None:
     Console().print(table)
 
 
+main.add_command(explain)
 main.add_command(rehearse)
 
 if __name__ == "__main__":

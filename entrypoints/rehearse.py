@@ -40,7 +40,6 @@ from miles_plugins.cpu_rehearsal.tiny_model import TinyModel, write_tiny_model
 from miles_plugins.errors import ArgumentError, PluginError, UpstreamError
 from miles_plugins.manager import installed_plugins, resolve_names
 
-EXPERTS = 8
 PROMPTS_PER_ROLLOUT = 4
 SAMPLES_PER_PROMPT = 8
 
@@ -48,6 +47,9 @@ LOG, METRICS, PROCESSES = "slime.log", "metrics.jsonl", "processes.json"
 TIMED_OUT = 124
 POLL_SECONDS = 0.25
 PATIENCE_SECONDS = 3.0  # between asking a process to end and ending it
+
+# Megatron-LM's flags that say how many layers each pipeline stage has, where it is not the same number for all.
+UNEVEN_STAGES = ("--decoder-first-pipeline", "--decoder-last-pipeline", "--pipeline-model-parallel-layout")
 
 # "armed": the patch's target was never imported in that process, so there was nothing to change.
 HARMLESS_STATES = ("verified", "superseded", "skipped", "armed")
@@ -63,7 +65,12 @@ class Rehearsal:
     megatron: Path
     plugins: tuple[str, ...] = ("r3_replay",)
     rollouts: int = 3
+    layers: int = 2
+    dense_layers: int = 0
+    experts: int = 8
+    topk: int = 2
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     expert_parallel: int = 1
     data_parallel: int = 1
     engines: int = 1
@@ -74,7 +81,7 @@ class Rehearsal:
     @property
     def trainers(self) -> int:
         """Trainer ranks; expert parallelism divides them and adds none."""
-        return self.tensor_parallel * self.data_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
     @property
     def gpus(self) -> int:
@@ -114,14 +121,27 @@ def check_requirements(rehearsal: Rehearsal) -> None:
         )
 
 
-def check_parallelism(rehearsal: Rehearsal) -> None:
-    """Raise ArgumentError for a split that Megatron-LM would refuse much later."""
-    split = rehearsal.expert_parallel
-    if rehearsal.trainers % split or EXPERTS % split:
+def check_shape(rehearsal: Rehearsal) -> None:
+    """Raise ArgumentError for a model that cannot be made, or for a split that Megatron-LM would refuse much later."""
+    split, ranks = rehearsal.expert_parallel, rehearsal.tensor_parallel * rehearsal.data_parallel
+    if ranks % split or rehearsal.experts % split:
         raise ArgumentError(
-            f"--expert-parallel {split} divides neither the trainer ranks nor the experts evenly",
-            {"trainer ranks": f"{rehearsal.trainers} (--tensor-parallel x --data-parallel)", "experts": EXPERTS},
+            f"--expert-parallel {split} does not divide both the trainer ranks and the experts evenly",
+            {"trainer ranks": f"{ranks} (--tensor-parallel x --data-parallel)", "experts": rehearsal.experts},
             "choose a number that divides both",
+        )
+    stages = rehearsal.pipeline_parallel
+    if rehearsal.layers % stages and not any(flag.startswith(UNEVEN_STAGES) for flag in rehearsal.extra_flags):
+        raise ArgumentError(
+            f"--pipeline-parallel {stages} does not divide the layers evenly",
+            {"layers": rehearsal.layers},
+            "choose another --layers, or say after `--` how many each stage has: --decoder-first-pipeline-num-layers N",
+        )
+    if rehearsal.topk > rehearsal.experts:
+        raise ArgumentError(f"--topk {rehearsal.topk} is more than the experts", {"experts": rehearsal.experts})
+    if rehearsal.dense_layers >= rehearsal.layers:
+        raise ArgumentError(
+            f"--dense-layers {rehearsal.dense_layers} leaves no layer with experts", {"layers": rehearsal.layers}
         )
 
 
@@ -135,7 +155,13 @@ def make_folder(folder: Path) -> None:
 def write_inputs(rehearsal: Rehearsal) -> list[str]:
     """Write the model and the prompts into the rehearsal's folder; the command that trains on them."""
     model = write_tiny_model(
-        rehearsal.folder / "model", seed=rehearsal.seed, experts=EXPERTS, tensor_parallel=rehearsal.tensor_parallel
+        rehearsal.folder / "model",
+        seed=rehearsal.seed,
+        layers=rehearsal.layers,
+        dense_layers=rehearsal.dense_layers,
+        experts=rehearsal.experts,
+        topk=rehearsal.topk,
+        tensor_parallel=rehearsal.tensor_parallel,
     )
     prompts = rehearsal.rollouts * PROMPTS_PER_ROLLOUT
     toy_task.write_prompts(rehearsal.folder / toy_task.PROMPTS, prompts, rehearsal.seed)
@@ -159,7 +185,7 @@ def slime_flags(rehearsal: Rehearsal, model: TinyModel, task: Sequence[str]) -> 
         "--tensor-model-parallel-size": rehearsal.tensor_parallel,
         "--expert-model-parallel-size": rehearsal.expert_parallel,
         "--expert-tensor-parallel-size": 1,
-        "--pipeline-model-parallel-size": 1,
+        "--pipeline-model-parallel-size": rehearsal.pipeline_parallel,
     }
     checkpoint = {"--hf-checkpoint": model.folder, "--load": model.folder}
     rollout = {
@@ -209,6 +235,7 @@ def run_environment(rehearsal: Rehearsal, run: str, ray_port: int, scratch: Path
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than all that a rehearsal computes
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "disabled",
     }
@@ -749,7 +776,18 @@ def _progress(rehearsal: Rehearsal, alive: Sequence[psutil.Process]) -> tuple[Ph
 @click.command(name="rehearse")
 @click.option("--plugins", default="r3", show_default=True, help="Comma-separated; cpu is always added in front.")
 @click.option("--rollouts", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Layers of the model.")
+@click.option(
+    "--dense-layers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="The first so many layers have no experts; the model is then a GLM-4.5.",
+)
+@click.option("--experts", type=click.IntRange(min=2), default=8, show_default=True, help="Experts of a layer.")
+@click.option("--topk", type=click.IntRange(min=2), default=2, show_default=True, help="Experts of a token.")
 @click.option("--tensor-parallel", type=click.IntRange(1, 2), default=1, show_default=True)
+@click.option("--pipeline-parallel", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--expert-parallel", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--data-parallel", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--engines", type=click.IntRange(min=1), default=1, show_default=True, help="SGLang engines.")
@@ -784,7 +822,12 @@ def rehearse(
     context: click.Context,
     plugins: str,
     rollouts: int,
+    layers: int,
+    dense_layers: int,
+    experts: int,
+    topk: int,
     tensor_parallel: int,
+    pipeline_parallel: int,
     expert_parallel: int,
     data_parallel: int,
     engines: int,
@@ -799,8 +842,8 @@ def rehearse(
 ) -> None:
     """Run the real training loop on a tiny model, without a GPU, and judge it.
 
-    Real slime, Ray, SGLang and Megatron-LM train a random 165 k parameter MoE model for a few rollouts on this
-    machine's CPU. Further flags for slime go after `--`.
+    Real slime, Ray, SGLang and Megatron-LM train a tiny random MoE model (165 k parameters, if you do not say
+    otherwise) for a few rollouts on this machine's CPU. Further flags for slime go after `--`.
 
     Exit code: 0 if everything held, 1 if not, 124 if it took too long, 130 on Ctrl-C.
     """
@@ -810,7 +853,12 @@ def rehearse(
         megatron=megatron.expanduser().absolute(),
         plugins=_full_names(plugins),
         rollouts=rollouts,
+        layers=layers,
+        dense_layers=dense_layers,
+        experts=experts,
+        topk=topk,
         tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
         expert_parallel=expert_parallel,
         data_parallel=data_parallel,
         engines=engines,
@@ -844,7 +892,7 @@ def present(
     """
     errors = Console(stderr=True)
     try:
-        check_parallelism(rehearsal)
+        check_shape(rehearsal)
         if upstream:
             check_requirements(rehearsal)
         make_folder(rehearsal.folder)

@@ -17,15 +17,19 @@ from miles_plugins.errors import (
 )
 from miles_plugins.hookspecs import hookimpl
 from miles_plugins.microbatch import Microbatch, current_microbatch
+from miles_plugins.packing import Packing, Rank, Schedule
 
 __all__ = [
     "ArgumentError",
     "AttestationError",
     "Microbatch",
+    "Packing",
     "PatchError",
     "PluginConflictError",
     "PluginError",
     "PluginNotFoundError",
+    "Rank",
+    "Schedule",
     "UpstreamError",
     "current_microbatch",
     "hookimpl",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from miles_plugins.microbatch import Microbatch
+    from miles_plugins.packing import Rank, Schedule
 
 PROJECT = "miles_plugins"
 ROLES = (
@@ -87,6 +88,25 @@ def receive_engine_request(server_args: Any, request: Any) -> None:
     """
 
 
+@hookspec(firstresult=True)
+def encode_routed_experts(experts: torch.Tensor) -> str | None:
+    """The recorded routing of one finished request leaves the SGLang server (sglang_detokenizer).
+
+    `experts` is [tokens, MoE layers, topk] on the CPU, uint8 up to 256 experts and int16 above; layers without experts
+    are not in it. Return what `meta_info["routed_experts"]` of the response shall be; None leaves it to the next
+    plugin, at last to SGLang's own base64 of int32.
+    """
+
+
+@hookspec
+def receive_response(args: Namespace, sample: Any, meta_info: dict[str, Any]) -> None:
+    """slime is about to take over `meta_info` of one response, or of a part of one (rollout_manager).
+
+    `sample` is slime's `Sample`; the response's tokens are in it already. Take out of `meta_info`, in place, what slime
+    shall not see.
+    """
+
+
 @hookspec
 def rollout_ready(args: Namespace, router_url: str, engine_urls: Sequence[str]) -> None:
     """Every SGLang server is up and registered (rollout_manager), before the first rollout: probe what you rely on.
@@ -96,10 +116,35 @@ def rollout_ready(args: Namespace, router_url: str, engine_urls: Sequence[str]) 
 
 
 @hookspec
+def rollout_metrics(args: Namespace, samples: Sequence[Any]) -> Mapping[str, float]:  # type: ignore[empty-body]
+    """A rollout ended (rollout_manager): numbers for slime's own tracking, logged as `rollout/<name>`.
+
+    `samples` are slime's `Sample`s that will be trained on.
+    """
+
+
+@hookspec
+def receive_samples(args: Namespace, samples: Sequence[Any]) -> None:
+    """The samples of one rollout are about to become training data (rollout_manager): check or change them in place.
+
+    A sample with `remove_sample = True` is masked out by slime: it stays in the batch and adds nothing to the loss.
+    """
+
+
+@hookspec
 def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict[str, Any]) -> None:
     """slime converted the samples of one rollout to training data (rollout_manager): check or change it in place.
 
     `samples` are slime's `Sample`s; `train_data` maps a field to one value a sample, in the same order.
+    """
+
+
+@hookspec
+def share_train_data(args: Namespace, schedule: Schedule) -> Sequence[Mapping[str, Any]]:  # type: ignore[empty-body]
+    """slime decided which rank trains on which samples, in which microbatches (rollout_manager).
+
+    Return large data by name, for each data-parallel rank: each value goes into Ray's object store by itself, and only
+    the processes that fetch it in `receive_train_data` receive it. numpy arrays arrive without a copy, read-only.
     """
 
 
@@ -112,6 +157,18 @@ def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
 
     `model` holds one module a virtual pipeline stage, wrapped for data parallelism (not so in the embedded host, where
     nothing is parallel). Its weights are not loaded yet. `role` is `actor` or `critic`.
+    """
+
+
+@hookspec
+def receive_train_data(
+    args: Namespace, rollout_data: dict[str, Any], rank: Rank, fetch: Callable[[Sequence[str]], list[Any]]
+) -> None:
+    """The trainer holds its shard of a rollout (trainer), before its first pass.
+
+    `rollout_data` is the shard: one value a local sample in most fields, and `micro_batch_indices`, the local samples
+    of each microbatch. `rank` is where this process stands. `fetch(names)` gives what `share_train_data` returned
+    under these names, of any plugin.
     """
 
 

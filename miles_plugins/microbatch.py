@@ -25,15 +25,17 @@ class Microbatch:
         positions: [tokens] int64, where each token of this rank's MoE layers comes from: its position in the
             concatenation of the samples' tokens (`batch["unconcat_tokens"]`), -1 for padding. Packing, padding, context
             and sequence parallelism are all in it.
+        chunk: the virtual pipeline stage whose forward pass this is; 0 without such stages.
         values: what plugins keep with it, by plugin name.
         recomputing: whether activations are being recomputed, not computed for the first time.
     """
 
-    __slots__ = ("batch", "positions", "recomputing", "values")
+    __slots__ = ("batch", "chunk", "positions", "recomputing", "values")
 
-    def __init__(self, batch: dict[str, Any], positions: torch.Tensor) -> None:
+    def __init__(self, batch: dict[str, Any], positions: torch.Tensor, chunk: int = 0) -> None:
         self.batch = batch
         self.positions = positions
+        self.chunk = chunk
         self.values: dict[str, Any] = {}
         self.recomputing = False
 
@@ -66,9 +68,11 @@ def announced_pass(hook: Any, args: Namespace, stage: str, model: Sequence[Any])
         set_current(None)
 
 
-def begin_microbatch(hook: Any, args: Namespace, batch: dict[str, Any], positions: torch.Tensor) -> None:
+def begin_microbatch(
+    hook: Any, args: Namespace, batch: dict[str, Any], positions: torch.Tensor, chunk: int = 0
+) -> None:
     """The forward pass of one microbatch begins: see `Microbatch` for its parts."""
-    microbatch = Microbatch(batch, positions)
+    microbatch = Microbatch(batch, positions, chunk)
     set_current(microbatch)
     hook.microbatch_begins(args=args, microbatch=microbatch)
 

@@ -126,12 +126,14 @@ class Patch:
         before: Ids of patches of the same target that this one is outside of: closer to the caller.
         after: Ids of patches of the same target that this one is inside of. Without before and after, the smaller id
             is outside; a replacement is inside of everything.
-        superseded_when: Given the loaded module, says why upstream needs no patch any more, or returns None.
+        superseded_when: A need that upstream may meet by itself: where it does, nothing is changed, and the check
+            before the launch says the same. Or a function which, given the loaded module, says why upstream needs no
+            patch any more, or returns None.
         inherited: Whether the target may be one that its class only inherits. Otherwise a definition that upstream
             moved to a base class is refused: what it does there may serve others too.
         upstream: Link to what forces the patch.
         retire_when: When it can be deleted.
-        probe: Raises when the patch does not really act; runs after it has been applied.
+        probe: Raises when the patch does not really act; runs after it has been applied. What it returns is noted.
 
     Raises:
         PatchError: the declaration contradicts itself.
@@ -150,11 +152,11 @@ class Patch:
     roles: frozenset[str] = frozenset()
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
-    superseded_when: Callable[[ModuleType], str | None] | None = None
+    superseded_when: Need | Callable[[ModuleType], str | None] | None = None
     inherited: bool = False
     upstream: str = ""
     retire_when: str = ""
-    probe: Callable[[], None] | None = None
+    probe: Callable[[], str | None] | None = None
 
     def __post_init__(self) -> None:
         ways = {"wrap": None, "replace": ABSENT, "replace_with": None, "add": ABSENT}
@@ -324,7 +326,7 @@ class PatchSet:
             _rebind_copies([site for _, site in entered])
         for record, site in entered:
             with _blamed(record):
-                _verify(record.patch, site)
+                record.detail = _joined(record.detail, _verify(record.patch, site))
             record.state = State.VERIFIED
 
     def _take_out(self, records: Iterable[Record]) -> None:
@@ -383,18 +385,25 @@ def _joined(*notes: str) -> str:
 def check_statically(patch: Patch) -> list[str]:
     """Make the checks of `PatchSet.apply` on the installed files, without importing upstream.
 
-    What runs code (probe, superseded_when, replace_with) and what meets other patches is left to `apply`.
+    What runs code (probe, a function as superseded_when, replace_with) and what meets other patches is left to `apply`.
 
     Returns:
-        Notes: drift, "not installed here", and what only an import can tell.
+        Notes: drift, "superseded", "not installed here", and what only an import can tell.
 
     Raises:
         PatchError: the patch cannot fit.
     """
     if not has_package(package := _package(patch.target)):
         return [f"not installed here: {package}"]
+    by = patch.superseded_when
+    if isinstance(by, Need):
+        candidates = find_definitions(by.target)
+        if candidates and all(_meets(by, candidate) for candidate in candidates):
+            return [f"superseded: {_superseded(by)}"]
+        if any(candidate.kind == "unknown" or _meets(by, candidate) for candidate in candidates):
+            return [f"whether it is superseded ({_superseded(by)}) is only known when it is imported"]
     found = [definition for definition in find_definitions(patch.target) if definition.kind != "declared"]
-    if not found and patch.superseded_when is not None:
+    if not found and callable(by):
         return ["its target does not exist; whether upstream supersedes it is only known when it is imported"]
     notes = []
     if patch.kind == "add":
@@ -505,12 +514,20 @@ def _judge(patch: Patch, found: Definition) -> list[str]:
     return notes
 
 
+def _superseded(need: Need) -> str:
+    return f"upstream has {need}"
+
+
+def _meets(need: Need, found: Definition | None) -> bool:
+    parameters = found.signature.parameters.values() if found and found.signature else ()
+    named = {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+    return found is not None and found.kind != "unknown" and need.parameter in (None, *named)
+
+
 def _judge_need(patch: Patch, need: Need, found: Definition | None) -> list[str]:
     if found is not None and found.kind == "unknown":
         return [f"{need.target} cannot be read without importing it"]
-    parameters = found.signature.parameters.values() if found and found.signature else ()
-    named = {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
-    if found is None or (need.parameter and need.parameter not in named):
+    if not _meets(need, found):
         raise _misfit(
             patch,
             "needs what upstream does not have",
@@ -618,7 +635,11 @@ def _check_surroundings(record: Record) -> None:
     patch = record.patch
     if any(layer.patch.id == patch.id for site in _sites for layer in site.layers):
         return  # applied for another set: what it added is not upstream's
-    why = patch.superseded_when(sys.modules[patch.module]) if patch.superseded_when else None
+    by = patch.superseded_when
+    if isinstance(by, Need):
+        why = _superseded(by) if _meets(by, _describe_loaded(by.target)) else None
+    else:
+        why = by(sys.modules[patch.module]) if by else None
     if why:
         record.state, record.detail = State.SUPERSEDED, why
         return
@@ -688,12 +709,11 @@ def _check_company(patch: Patch, site: _Site, others: list[Patch]) -> None:
         raise _misfit(patch, "has no place in the order", found=cycle, next="change a before or after") from None
 
 
-def _verify(patch: Patch, site: _Site) -> None:
+def _verify(patch: Patch, site: _Site) -> str:
     shown = _stored(*_resolve(patch.target))
     if not site.leads_to_us() or not any(shown is face for face in (site.front, site.function)):
         raise _misfit(patch, "was applied, but its target does not show it", found=_full_name(shown))
-    if patch.probe is not None:
-        patch.probe()
+    return (patch.probe() if patch.probe is not None else None) or ""
 
 
 def _full_name(value: object) -> str:

@@ -127,6 +127,29 @@ def test_the_norm_works_under_sequence_parallelism(parallel):
     assert config.sequence_parallel is parallel, "the model's own configuration stays"
 
 
+def test_what_a_pipeline_stage_sends_stays_whole_when_megatron_empties_it():
+    sent = []
+    received = torch.empty(3)
+    output = torch.arange(3.0, requires_grad=True) * 2
+    answer = megatron_cpu.send_a_copy(
+        lambda **kwargs: sent.append(kwargs) or {"send_next": "request"},
+        tensor_send_next=output,
+        tensor_recv_prev=received,
+        group="pp",
+    )
+    output.data = torch.empty(1)
+    assert answer == {"send_next": "request"}
+    assert sent[0].pop("tensor_send_next").tolist() == [0.0, 2.0, 4.0]
+    assert sent[0].pop("tensor_recv_prev") is received, "what arrives must arrive in Megatron's own buffer"
+    assert sent == [{"group": "pp"}]
+
+
+def test_a_pipeline_stage_that_sends_nothing_sends_nothing():
+    sent = []
+    megatron_cpu.send_a_copy(lambda **kwargs: sent.append(kwargs), tensor_send_next=None, group="pp")
+    assert sent == [{"tensor_send_next": None, "group": "pp"}]
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_gate_is_a_matrix_product_in_the_routers_type(with_bias, dtype):

@@ -87,7 +87,8 @@ def test_a_deleted_target_is_missed(
 ) -> None:
     # Another test may have imported the package; the check is of what a new process would find.
     monkeypatch.delitem(sys.modules, patch.module.split(".")[0], raising=False)
-    check_statically(patch)
+    if any(note.startswith("superseded") for note in check_statically(patch)):
+        pytest.skip("this upstream does it by itself; an older one is in test_megatron_versions, test_sglang_routing")
     monkeypatch.syspath_prepend(str(copy_without(patch, tmp_path)))
     with pytest.raises(PatchError) as caught:
         check_statically(patch)

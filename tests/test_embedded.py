@@ -169,7 +169,10 @@ def test_hooks_are_called_in_the_order_of_slimes_training_loop(calls: list[str])
     steps = [name for name, _ in groupby(call for call in rollout if not call.startswith(("microbatch", "select")))]
     assert steps == [
         "metrics_logged rollout/step",
+        "receive_samples",
         "collect_train_data",
+        "share_train_data",
+        "receive_train_data",
         "take_routed_experts",
         "pass_begins ref_log_prob",
         "pass_ends ref_log_prob",
@@ -179,6 +182,9 @@ def test_hooks_are_called_in_the_order_of_slimes_training_loop(calls: list[str])
         "metrics_logged train/step",
         "export_weights",
         "receive_engine_request",
+        "encode_routed_experts",
+        "receive_response",
+        "rollout_metrics",
     ]
 
 
@@ -222,7 +228,9 @@ def test_compare_shows_different_routing_without_r3_and_none_with_it(tmp_path: P
         assert name in shown
     assert (run / "report.png").stat().st_size > 10_000
     # The first rollout is drawn before anything was learnt: the same weights and seeds, so the same samples.
-    assert metrics(run / "with")[0] == metrics(run / "without")[0]
+    first = {name: value for name, value in metrics(run / "with")[0].items() if "/r3/" not in name}
+    assert first == metrics(run / "without")[0]
+    assert metrics(run / "with")[0]["rollout/r3/samples_without_routing"] == 0
 
 
 def test_replay_covers_every_token_also_when_activations_are_recomputed(saved: Path, tmp_path: Path) -> None:
@@ -238,6 +246,56 @@ def test_without_plugins_recomputing_changes_no_number_and_another_seed_does(sav
     embedded(*flags, "--run-folder", tmp_path / "recomputed", "--recompute-granularity", "full")
     assert metrics(tmp_path / "kept") == metrics(tmp_path / "recomputed")  # nor what the routing meter counts
     assert metrics(tmp_path / "kept")[0] != metrics(saved / "run")[0]
+
+
+LOSES_SOME = """
+@hookimpl(tryfirst=True)
+def receive_response(sample, meta_info):
+    if sample.index % 4 == 1:
+        meta_info.pop("routed_experts")
+    if sample.index % 4 == 2:
+        meta_info["routed_experts"] = meta_info["routed_experts"][:-4]
+
+@hookimpl(trylast=True)
+def collect_train_data(samples, train_data):
+    for sample, mask in zip(samples, train_data["loss_masks"], strict=True):
+        assert any(mask) is (sample.index % 4 not in (1, 2)), sample.index
+        assert len(mask) == sample.response_length
+"""
+
+
+def test_samples_without_their_routing_end_the_run(tmp_path: Path) -> None:
+    path = plugin(tmp_path / "site", "loses_some", LOSES_SOME)
+    flags = [*SMALL, "--plugins", "loses_some,r3", "--num-rollout", 1, "--run-folder", tmp_path / "run"]
+    refused = embedded(*flags, path=[path], code=1)
+    assert "the routing in" in refused.stderr or "the recorded routing of sample 1 cannot be replayed" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_or_are_masked_out_of_the_loss_and_the_coverage_says_so(tmp_path: Path) -> None:
+    """Half of the samples: the gradient is that of the others, and the run goes on."""
+    run, path = tmp_path / "run", plugin(tmp_path / "site", "loses_some", LOSES_SOME)
+    flags = [*SMALL, "--plugins", "loses_some,r3", "--num-rollout", 2, "--run-folder", run]
+    done = embedded(*flags, "--r3-missing", "drop", path=[path])
+    assert "sample 1 is masked out of the loss" in done.stderr
+    steps = [line for line in metrics(run) if "train/step" in line]
+    rollouts = [line for line in metrics(run) if "rollout/step" in line]
+    assert [line["rollout/r3/samples_without_routing"] for line in rollouts] == [4.0, 4.0]
+    for step in steps:
+        assert 0.3 < step["train/r3/coverage"] < 0.7
+        assert step["train/grad_norm"] > 0
+
+
+def test_measuring_only_trains_as_without_r3_and_tells_what_would_change(tmp_path: Path) -> None:
+    flags = [*SMALL, "--num-rollout", 2, "--run-folder"]
+    embedded(*flags, tmp_path / "without")
+    embedded(*flags, tmp_path / "measured", "--plugins", "r3", "--r3-measure-only")
+    without, measured = metrics(tmp_path / "without"), metrics(tmp_path / "measured")
+    assert [{n: v for n, v in line.items() if "/r3/" not in n} for line in measured] == without
+    for step in (line for line in measured if "train/step" in line):
+        assert step["train/r3/coverage"] == 0.0
+        assert step["train/r3/different_tokens"] == pytest.approx(step["train/routing_different"])
+        assert step["train/r3/different_tokens"] > 0
 
 
 def test_several_optimizer_steps_a_rollout(tmp_path: Path) -> None:
@@ -282,9 +340,9 @@ def test_the_run_folder_holds_everything_and_the_same_seed_gives_the_same(saved:
     reports = json.loads((run / "processes.json").read_text())
     assert [report["role"] for report in reports] == ["driver", "rollout_manager", "trainer"]
     assert reports[2]["probes"]["r3_replay"] == "2 routers of this rank replay"
-    assert {patch["state"] for patch in reports[2]["patches"] if patch["id"].startswith("megatron.router")} == {
-        "verified"
-    }
+    states = {patch["id"]: patch["state"] for patch in reports[2]["patches"]}
+    assert states["megatron.router.select-experts"] == "verified"
+    assert {state for name, state in states.items() if name.startswith("megatron.router")} <= {"verified", "superseded"}
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 

@@ -12,7 +12,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.util import find_spec
@@ -37,8 +36,9 @@ from miles_plugins.embedded.engine import RolloutEngine, ServerArgs
 from miles_plugins.embedded.generate_request import GenerateRequest
 from miles_plugins.embedded.hugging_face import check_model_folder
 from miles_plugins.r3_replay import plugin as r3
+from miles_plugins.r3_replay import wire
 from miles_plugins.r3_replay.engine_probe import routing_arrives
-from miles_plugins.r3_replay.trace import compact
+from miles_plugins.r3_replay.trace import Routing
 
 # A CUDA build of torchvision breaks transformers on a CPU (known, patched for SGLang in patches/torch/cpu.py).
 LET_TORCHVISION_IN = """
@@ -59,6 +59,7 @@ LAYERS, EXPERTS, TOPK, VOCABULARY = 2, 8, 2, 128
 PROMPT = [5, 17, 40, 99, 7]
 PROMPTS = [PROMPT, [8], [30, 31, 32, 33, 34, 35, 36, 37, 38], [64, 65, 66]]
 GREEDY = {"temperature": 0, "ignore_eos": True}
+ROUTING = Routing(tuple(range(LAYERS)), TOPK, EXPERTS)
 
 
 def sharpen(folder: Path) -> None:
@@ -85,9 +86,11 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def start(folder: Path, on_request: Callable[..., None] = lambda *_: None, **changed: Any) -> RolloutEngine:
+def start(
+    folder: Path, on_request: Callable[..., None] = lambda *_: None, *encode: Any, **changed: Any
+) -> RolloutEngine:
     arguments = {"device": "cpu", "dtype": "float32", "random_seed": 7, "enable_return_routed_experts": True}
-    return RolloutEngine(folder, ServerArgs(model_path=str(folder), **{**arguments, **changed}), on_request)
+    return RolloutEngine(folder, ServerArgs(model_path=str(folder), **{**arguments, **changed}), on_request, *encode)
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +149,15 @@ def test_one_prompt_gives_one_answer_in_sglangs_shape(engine: RolloutEngine) -> 
     assert isinstance(meta["id"], str)
     assert 0 < meta["e2e_latency"] < 60
     assert [entry[1:] for entry in meta["output_token_logprobs"]] == [[token, None] for token in answer["output_ids"]]
-    trace = compact(routing(answer, PROMPT), len(PROMPT) + 4, range(LAYERS), TOPK, EXPERTS, "the answer")
-    assert trace.shape == (len(PROMPT) + 3, LAYERS, TOPK)
-    json.dumps(answer)
+    ROUTING.check(routing(answer, PROMPT), len(PROMPT) + 3, "the answer")
+    assert torch.equal(answer.routing, routing(answer, PROMPT)), "for the host itself, whatever is sent"
+    assert "routing" not in json.dumps(answer)
 
 
 def test_only_what_is_asked_for_is_answered(engine: RolloutEngine) -> None:
     meta = engine.generate({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}})["meta_info"]
     assert not {"output_token_logprobs", "routed_experts"} & set(meta)
+    assert engine.generate({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}}).routing is None
 
 
 def test_text_is_tokenized_with_the_folders_tokenizer(engine: RolloutEngine) -> None:
@@ -245,7 +249,9 @@ def test_any_prompts_share_a_batch(engine: RolloutEngine, prompts: list[list[int
         same(batched, ask(engine, prompts[n], 4, temperature=temperatures[n], sampling_seed=n), prompts[n])
 
 
-def test_dense_layers_are_zeros_in_the_routing(copy: Path) -> None:
+@pytest.fixture
+def half_dense(copy: Path) -> Path:
+    """The model with a first layer that has no experts."""
     config = json.loads((copy / "config.json").read_text()) | {"mlp_only_layers": [0]}
     (copy / "config.json").write_text(json.dumps(config))
     tensors = load_file(copy / "model.safetensors")
@@ -255,14 +261,17 @@ def test_dense_layers_are_zeros_in_the_routing(copy: Path) -> None:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.1
         tensors[f"model.layers.0.mlp.{name}_proj.weight"] = weight.bfloat16()
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
-    engine = start(copy)
+
+def test_dense_layers_are_zeros_in_the_routing(half_dense: Path) -> None:
+    engine = start(half_dense)
     answer = ask(engine, PROMPT, **GREEDY)
     _, handed = reference(engine, PROMPT + answer["output_ids"])
     assert not routing(answer, PROMPT)[:, 0].any()
     assert torch.equal(routing(answer, PROMPT)[:, 1].long(), handed[1][:-1])
     before = ask(engine, PROMPT, **GREEDY)["output_ids"]
-    engine.update_weights(tensors.items(), "1")
+    engine.update_weights(load_file(half_dense / "model.safetensors").items(), "1")
     assert ask(engine, PROMPT, **GREEDY)["output_ids"] == before
 
 
@@ -270,8 +279,7 @@ def test_it_works_in_bfloat16(folder: Path) -> None:
     engine = start(folder, dtype="bfloat16")
     assert engine.model.dtype == torch.bfloat16
     for prompt, answer in zip(PROMPTS, ask(engine, PROMPTS), strict=True):
-        trace = routing(answer, prompt)
-        compact(trace, len(prompt) + len(answer["output_ids"]), range(LAYERS), TOPK, EXPERTS, "the answer")
+        ROUTING.check(routing(answer, prompt), len(prompt) + len(answer["output_ids"]) - 1, "the answer")
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------
@@ -535,6 +543,27 @@ def test_routing_that_the_server_does_not_record_is_left_out_as_by_sglang(folder
     assert "routed_experts" not in answer["meta_info"]
 
 
+def test_routing_is_sent_as_a_plugin_encodes_it_without_the_layers_that_have_none(half_dense: Path) -> None:
+    given: list[Any] = []
+
+    def encode(experts: Any) -> str | None:
+        given.append(experts)
+        return "encoded" if len(given) == 1 else None
+
+    engine = start(half_dense, lambda *_: None, encode)
+    first, second = (ask(engine, PROMPT, **GREEDY) for _ in range(2))
+    assert first["meta_info"]["routed_experts"] == "encoded"
+    assert [(experts.dtype, experts.shape[1:]) for experts in given] == [(torch.uint8, (1, TOPK))] * 2
+    assert torch.equal(given[0].int(), first.routing[:, 1:])
+    assert torch.equal(routing(second, PROMPT), first.routing), "None leaves it to SGLang's own"
+
+
+def test_the_routing_that_r3_sends_is_what_was_recorded(folder: Path) -> None:
+    engine = start(folder, lambda *_: None, r3.encode_routed_experts)
+    for answer in ask(engine, PROMPTS, 3, **GREEDY):
+        assert torch.equal(wire.decode(answer["meta_info"]["routed_experts"]).int(), answer.routing)
+
+
 def test_the_hook_comes_before_everything(folder: Path) -> None:
     def replace(server_args: ServerArgs, request: GenerateRequest) -> None:
         request.input_ids = [4, 5]
@@ -564,9 +593,14 @@ def served(folder: Path) -> Iterator[tuple[RolloutEngine, str]]:
         yield engine, url
 
 
-def test_the_probe_of_r3_is_content(served: tuple[RolloutEngine, str]) -> None:
-    args = Namespace(num_layers=LAYERS, moe_router_topk=TOPK, moe_layer_freq=1, num_experts=EXPERTS)
-    assert "through the router" in routing_arrives(args, served[1], [served[1]])
+def test_the_probe_of_r3_is_content_with_what_r3_sends_and_with_nothing_else(
+    served: tuple[RolloutEngine, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, url = served
+    with pytest.raises(PluginError, match="cannot be read"):
+        routing_arrives(ROUTING, url, [url])
+    monkeypatch.setattr(engine, "_encode", r3.encode_routed_experts)
+    assert "through the router" in routing_arrives(ROUTING, url, [url])
 
 
 def test_http_gives_what_generate_gives(served: tuple[RolloutEngine, str]) -> None:

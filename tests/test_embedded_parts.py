@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import statistics
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_plugins.embedded import arguments, checkpoint, policy
+from miles_plugins.embedded.engine import Answer
 from miles_plugins.embedded.host import _traces
 from miles_plugins.embedded.loss import grpo_loss
 from miles_plugins.embedded.run_folder import finished_rollouts
@@ -133,25 +137,61 @@ def test_shuffled_prompts_depend_on_the_rollout_and_the_seed_alone(tmp_path: Pat
     assert whole != labels(1, range(4))
 
 
-def test_an_answer_becomes_a_sample() -> None:
-    import base64
+FILL = Namespace(num_layers=3, moe_router_topk=2)
 
-    experts = torch.arange(2 * 3 * 2, dtype=torch.int32)
-    answer = {
-        "text": "42",
-        "meta_info": {
+
+def an_answer() -> Answer:
+    experts = torch.arange(2 * 3 * 2, dtype=torch.int32).reshape(2, 3, 2)
+    answer = Answer(
+        text="42",
+        meta_info={
             "output_token_logprobs": [[-0.5, 8, None], [-1.5, 9, None]],
             "finish_reason": {"type": "length", "length": 2},
             "weight_version": "7",
             "routed_experts": base64.b64encode(experts.numpy().tobytes()).decode(),
         },
-    }
-    sample = Sample(0, 0, "p", None)
-    fill(sample, [5], answer, layers=3, topk=2)
+    )
+    answer.routing = experts
+    return answer
+
+
+def hearing(function: Callable[..., None] = lambda **_: None) -> Any:
+    return SimpleNamespace(receive_response=function)
+
+
+def test_an_answer_becomes_a_sample() -> None:
+    sample, answer = Sample(0, 0, "p", None), an_answer()
+    fill(FILL, sample, [5], answer, hearing())
     assert (sample.tokens, sample.rollout_log_probs, sample.response_length) == ([5, 8, 9], [-0.5, -1.5], 2)
     assert (sample.status, sample.weight_versions, sample.response) == (Status.TRUNCATED, ["7"], "42")
     assert sample.rollout_routed_experts is not None
-    assert sample.rollout_routed_experts.tolist() == experts.reshape(2, 3, 2).tolist()
+    assert torch.equal(sample.rollout_routed_experts, answer.routing)
+    assert sample.recorded is answer.routing
+
+
+def test_a_plugin_receives_the_answer_with_its_tokens_and_may_take_the_routing() -> None:
+    told: list[Any] = []
+
+    def receive(args: Namespace, sample: Sample, meta_info: dict[str, Any]) -> None:
+        told.append((args, list(sample.tokens), sample.response_length, meta_info.pop("routed_experts")))
+        sample.rollout_routed_experts = "mine"
+
+    sample, answer = Sample(0, 0, "p", None), an_answer()
+    text = answer["meta_info"]["routed_experts"]
+    fill(FILL, sample, [5], answer, hearing(receive))
+    assert told == [(FILL, [5, 8, 9], 2, text)]
+    assert sample.rollout_routed_experts == "mine"
+    assert sample.recorded is answer.routing, "what the host measures by is no plugin's to change"
+
+
+def test_a_removed_sample_stays_and_adds_nothing_to_the_loss() -> None:
+    args = Namespace(n_samples_per_prompt=3, grpo_std_normalization=True, use_rollout_routing_replay=False)
+    three = [Sample(0, index, "p", None, tokens=[1, 2, 3], response_length=2) for index in range(3)]
+    three[0].remove_sample = True
+    three[1].loss_mask = [0, 1]
+    data = to_train_data(args, three)
+    assert data["loss_masks"] == [[0, 0], [0, 1], [1, 1]]
+    assert len(data["tokens"]) == 3
 
 
 @pytest.mark.parametrize("replay", [False, True])
@@ -174,7 +214,7 @@ def test_a_reward_that_is_no_number_is_named(found: Any) -> None:
 
 
 def test_no_sample_is_measured_by_another_ones_routing() -> None:
-    two = [Sample(0, index, "p", None, tokens=[1, index], rollout_routed_experts=torch.zeros(1)) for index in range(2)]
+    two = [Sample(0, index, "p", None, tokens=[1, index], recorded=torch.zeros(1)) for index in range(2)]
     assert len(_traces(two, {"tokens": [[1, 0], [1, 1]]})) == 2
     with pytest.raises(PluginError, match="changed or reordered"):
         _traces(two, {"tokens": [[1, 1], [1, 0]]})
@@ -285,7 +325,8 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
 def test_the_baseline_of_a_comparison_keeps_the_hosts_flags_and_no_plugins() -> None:
     plugins = Plugins.named(["r3", "metrics"])
     flags = ["--seed", "8", "--metrics-jsonl", "8", "--num-rollout=3", "--compare", "--json", "--use-kl-loss"]
-    kept = arguments.baseline_flags([*flags, "--use-rollout-routing-replay", "--run-folder", "x"], plugins)
+    of_r3 = ["--use-rollout-routing-replay", "--r3-missing", "drop", "--r3-measure-only", "--r3-earlier-rows=overwrite"]
+    kept = arguments.baseline_flags([*flags, *of_r3, "--run-folder", "x"], plugins)
     assert kept == ["--seed", "8", "--num-rollout", "3", "--use-kl-loss"]
 
 

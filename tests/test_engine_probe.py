@@ -6,35 +6,44 @@ import base64
 import json
 import struct
 import threading
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
 
 import pytest
 
 from miles_plugins import PluginError
-from miles_plugins.r3_replay import engine_probe
+from miles_plugins.r3_replay import engine_probe, wire
+from miles_plugins.r3_replay.trace import Routing
 
-ARGS = Namespace(num_layers=3, moe_router_topk=2, moe_layer_freq=1, num_experts=4)
-WHOLE = (len(engine_probe.PROMPT) + engine_probe.NEW_TOKENS - 1) * ARGS.num_layers * ARGS.moe_router_topk
+torch = pytest.importorskip("torch")
+pytest.importorskip("xxhash")
+
+ROUTING = Routing((0, 1, 2), topk=2, experts=4)
+TOKENS = len(engine_probe.PROMPT) + engine_probe.NEW_TOKENS - 1
+ROW = [[0, 1], [2, 3], [3, 0]]
+
+
+def text(rows: int = TOKENS, row: list[list[int]] = ROW) -> str:
+    """What an engine with the plugin sends."""
+    return wire.encode(torch.tensor([row] * rows, dtype=torch.uint8))
+
+
+WHOLE = text()
+OF_SGLANG = base64.b64encode(struct.pack(f"<{TOKENS * 6}i", *range(TOKENS * 6))).decode()
 
 
 @pytest.fixture
-def serve() -> Iterator[Any]:
-    """serve(ids) -> URL of a server whose answers carry that many expert ids; None: no routing; negative: all zero."""
+def serve() -> Iterator[Callable[..., str]]:
+    """serve(routing) -> URL of a server whose answers carry this as their routing; nothing without an argument."""
     running: list[HTTPServer] = []
 
-    def start(ids: int | None) -> str:
+    def start(*routing: object) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 assert self.path == "/generate"
                 assert "return_routed_experts" not in body, "the plugin asks in the server's name"
-                routing = struct.pack(
-                    f"<{abs(ids or 0)}i", *([0] * -ids if (ids or 0) < 0 else [i % 4 for i in range(ids or 0)])
-                )
-                meta = {} if ids is None else {"routed_experts": base64.b64encode(routing).decode()}
+                meta = {"routed_experts": routing[0]} if routing else {}
                 answer = json.dumps({"text": "", "meta_info": meta}).encode()
                 self.send_response(200)
                 self.end_headers()
@@ -43,7 +52,7 @@ def serve() -> Iterator[Any]:
             def log_message(self, *args: object) -> None: ...
 
         server = HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         running.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 
@@ -53,26 +62,38 @@ def serve() -> Iterator[Any]:
         server.server_close()
 
 
-def test_routing_from_everywhere_is_evidence(serve: Any) -> None:
-    evidence = engine_probe.routing_arrives(ARGS, serve(WHOLE), [serve(WHOLE), serve(WHOLE)])
-    assert evidence == "routing arrives from 2 engine(s) and through the router"
+def test_routing_from_everywhere_is_evidence(serve: Callable[..., str]) -> None:
+    evidence = engine_probe.routing_arrives(ROUTING, serve(WHOLE), [serve(WHOLE), serve(WHOLE)])
+    assert evidence == "6 bytes a token arrive from 2 engine(s) and through the router"
 
 
-@pytest.mark.parametrize(
-    ("router", "engine", "message"),
-    [
-        (None, WHOLE, "the router drops it"),
-        (WHOLE, None, "the engine returns none"),
-        (WHOLE, WHOLE - 1, "its size is wrong"),
-        (WHOLE + 6, WHOLE, "its size is wrong"),
-        (WHOLE, -WHOLE, "an expert is named twice"),
-    ],
-)
-def test_missing_or_wrong_routing_stops_the_run(serve: Any, router: int, engine: int, message: str) -> None:
-    with pytest.raises(PluginError, match=message):
-        engine_probe.routing_arrives(ARGS, serve(router), [serve(engine)])
+WRONG = {
+    "none": ((), "{missing}"),
+    "null": ((None,), "{missing}"),
+    "empty": (("",), "{missing}"),
+    "a row too few": ((text(TOKENS - 1),), "its shape is wrong"),
+    "a row too many": ((text(TOKENS + 1),), "its shape is wrong"),
+    "a layer too many": ((text(row=[*ROW, [1, 2]]),), "its shape is wrong"),
+    "zeros": ((text(row=[[0, 0]] * 3),), "an expert is named twice"),
+    "an expert that is not there": ((text(row=[[0, 4]] * 3),), "out of range"),
+    "an engine without the plugin": ((OF_SGLANG,), "cannot be read"),
+    "changed on the way": ((WHOLE[:60] + ("A" if WHOLE[60] != "A" else "B") + WHOLE[61:],), "cannot be read"),
+    "a list of numbers": (([1, 2, 3],), "cannot be read"),
+}
 
 
-def test_no_answer_is_an_error_of_ours(serve: Any) -> None:
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("where", ["router", "first engine", "last engine"])
+def test_missing_or_wrong_routing_stops_the_run(serve: Callable[..., str], where: str, case: str) -> None:
+    routing, message = WRONG[case]
+    missing = "the router drops it" if where == "router" else "the engine returns none"
+    urls = [serve(*(routing if where == each else (WHOLE,))) for each in ("router", "first engine", "last engine")]
+    with pytest.raises(PluginError, match=message.format(missing=missing)) as caught:
+        engine_probe.routing_arrives(ROUTING, urls[0], urls[1:])
+    url = urls[["router", "first engine", "last engine"].index(where)]
+    assert url in str(caught.value)
+
+
+def test_no_answer_is_an_error_of_ours(serve: Callable[..., str]) -> None:
     with pytest.raises(PluginError, match="got no answer"):
-        engine_probe.routing_arrives(ARGS, serve(WHOLE), ["http://127.0.0.1:9"])
+        engine_probe.routing_arrives(ROUTING, serve(WHOLE), ["http://127.0.0.1:9"])

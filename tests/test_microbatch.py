@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles_plugins.microbatch import Microbatch, bind, current_microbatch, set_current
+from miles_plugins.microbatch import Microbatch, begin_microbatch, bind, current_microbatch, set_current
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,18 @@ def seen() -> tuple[object, bool] | None:
 def test_outside_of_a_pass_there_is_no_microbatch_and_nothing_to_bind():
     assert current_microbatch() is None
     assert bind(seen) is seen
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_microbatch_is_the_current_one_when_it_begins_and_says_which_chunk_it_passes(chunk):
+    told = []
+    hook = SimpleNamespace(microbatch_begins=lambda **given: told.append((given, current_microbatch())))
+    begin_microbatch(hook, "args", {"name": "m"}, "positions", *([chunk] if chunk else []))
+    (given, current), *more = told
+    assert more == []
+    assert given == {"args": "args", "microbatch": current}
+    assert (current.batch, current.positions, current.chunk) == ({"name": "m"}, "positions", chunk)
+    assert current.values == {}
 
 
 def test_the_first_call_is_forward_and_every_later_one_a_recomputation():

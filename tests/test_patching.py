@@ -746,6 +746,67 @@ def test_superseded():
         assert states(patches) == [State.VERIFIED]
 
 
+@pytest.mark.parametrize(
+    ("need", "is_met"),
+    [
+        (has_parameter("orchard.tools:cut", "angle"), True),
+        (has_parameter("orchard.tools:cut", "height"), False),
+        (has_attribute("orchard.trees:Tree.seed"), True),
+        (has_attribute("orchard.trees:Tree.gone"), False),
+        (has_attribute("orchard.no_such_module:thing"), False),
+        (has_attribute("no_such_package:thing"), False),
+    ],
+)
+def test_superseded_by_what_upstream_has(need, is_met):
+    """The check before the launch and the one at import decide alike; only where it is not superseded must it fit."""
+    fits = declare("p", "orchard.tools:saw", superseded_when=need)
+    misfits = declare("q", "orchard.tools:saw", superseded_when=need, signature="(other)")
+    missing = declare("r", "orchard.tools:gone", superseded_when=need)
+    if is_met:
+        for patch in (fits, misfits, missing):
+            assert check_statically(patch) == [f"superseded: upstream has {need}"]
+            with applied(patch) as patches:
+                found = [(record.state, record.detail) for record in patches.records()]
+            assert found == [(State.SUPERSEDED, f"upstream has {need}")]
+        return
+    assert check_statically(fits) == []
+    with applied(fits) as patches:
+        assert states(patches) == [State.VERIFIED]
+    for patch in (misfits, missing):
+        for check in (PatchSet(patch).apply, lambda patch=patch: check_statically(patch)):
+            with pytest.raises(PatchError, match="does not fit"):
+                check()
+
+
+def test_a_patch_of_what_supersedes_another_does_not_change_that():
+    """The other is asked for what upstream has, whether or not the first has been applied by then."""
+    first = declare(
+        "p", "orchard.tools:cut", wrap=lambda original, *args, height=0, **kwargs: original(*args, **kwargs)
+    )
+    second = declare("q", "orchard.tools:saw", superseded_when=has_parameter("orchard.tools:cut", "height"))
+    with applied(first), applied(second) as patches:
+        assert states(patches) == [State.VERIFIED]
+
+
+def test_whether_a_condition_of_upstreams_supersedes_is_known_at_import(tmp_path, monkeypatch):
+    (tmp_path / "cellar.py").write_text(
+        "import sys\n"
+        "if sys.platform == 'win32':\n    def f(windows): ...\nelse:\n    def f(posix): ...\n"
+        "def __getattr__(name): raise AttributeError(name)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for need, state in (
+        (has_parameter("cellar:f", "posix"), State.SUPERSEDED),
+        (has_parameter("cellar:f", "windows"), State.VERIFIED),
+        (has_attribute("cellar:computed"), State.VERIFIED),
+    ):
+        patch = declare("p", "orchard.tools:saw", superseded_when=need)
+        assert "only known when it is imported" in check_statically(patch)[0]
+        with applied(patch) as patches:
+            assert states(patches) == [state]
+    monkeypatch.delitem(sys.modules, "cellar")
+
+
 def test_what_our_own_patch_adds_does_not_supersede_it():
     def native(tools):
         return "upstream has it" if hasattr(tools, "new") else None
@@ -1156,6 +1217,16 @@ def test_probe():
     assert states(broken) == [State.FAILED]
     assert "AssertionError" in broken.records()[0].detail
     assert tools.cut(1) == ["cut", 1, 0]
+
+
+def test_what_a_probe_found_is_in_the_record():
+    tools = load("orchard.tools")
+    known = {"another": "0" * 16}
+    with applied(declare("p", "orchard.tools:cut", fingerprints=known, probe=lambda: "it cuts")) as patches:
+        (record,) = patches.records()
+        body = source_fingerprint(tools.cut)
+        assert record.detail == f"drifted: its body is {body}, not that of another; it cuts"
+        assert record.state is State.VERIFIED
 
 
 def test_error_survives_pickle():

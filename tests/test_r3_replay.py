@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from miles_plugins import ArgumentError, PluginError, hookimpl
+from miles_plugins import ArgumentError, Packing, PluginError, Rank, Schedule, hookimpl
 from miles_plugins.manager import Installed, Plugin, Plugins
 from miles_plugins.microbatch import Microbatch, bind, set_current
 from miles_plugins.patches.megatron import router as router_seam
 from miles_plugins.r3_replay import plugin as r3
-from miles_plugins.r3_replay.replay import Recorded, Replay
+from miles_plugins.r3_replay import refusals
+from miles_plugins.r3_replay.replay import DIFFERENT, RECORDED, REPLAYED, Recorded, Replay
+from miles_plugins.r3_replay.replay import TOKENS as CHOICES
+from miles_plugins.r3_replay.trace import join
 
 torch = pytest.importorskip("torch")
 
@@ -59,14 +62,22 @@ def routers(*chunks: torch.nn.Module) -> list[Router]:
 
 
 def recorded(
-    layers: int, tokens: int = TOKENS, topk: int = TOPK, without: tuple[int, ...] = (), seed: int = 0
+    layers: int,
+    tokens: int = TOKENS,
+    topk: int = TOPK,
+    without: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    chunk: int = 0,
+    seed: int = 0,
 ) -> Recorded:
-    """The routing of a microbatch, which says nothing of the tokens `without`."""
+    """The routing of a microbatch for a rank's layers, which says nothing of the tokens `without`."""
     generator = torch.Generator().manual_seed(seed)
     indices = torch.rand(layers, tokens, EXPERTS, generator=generator).topk(topk, dim=-1).indices.to(torch.uint8)
-    known = torch.ones(tokens, dtype=torch.bool)
+    counts = torch.ones(tokens, dtype=torch.bool)
+    counts[list(padding)] = False
+    known = counts.clone()
     known[list(without)] = False
-    return Recorded(indices, known, replayed=set())
+    return Recorded(indices, known, counts, chunk)
 
 
 def select(replay: Replay, router: torch.nn.Module, microbatch: Recorded, scores=None, recomputing=False, topk=TOPK):
@@ -74,14 +85,15 @@ def select(replay: Replay, router: torch.nn.Module, microbatch: Recorded, scores
     return replay.select(router, microbatch, recomputing, scores, topk, lambda: torch.topk(scores, topk, dim=1))
 
 
-def one_pass(replay: Replay, *microbatches: Recorded) -> list[float]:
+def one_pass(replay: Replay, *microbatches: Recorded):
+    """[MoE layers, 4] counts."""
     replay.begin()
     for microbatch in microbatches:
         replay.add(microbatch)
         for router in replay._layer_of:
             select(replay, router, microbatch)
     replay.end()
-    return replay.counts().tolist()
+    return replay.counts()
 
 
 # -- binding ---------------------------------------------------------------------------------------------------------
@@ -90,17 +102,27 @@ def one_pass(replay: Replay, *microbatches: Recorded) -> list[float]:
 def test_each_router_takes_the_routing_of_its_layer():
     chunks = [model(1, 2, dense=(1,)), model(5, 6, dense=(6,))]  # one rank of a pipeline, two virtual stages
     replay = Replay(chunks, layers=[1, 2, 4])  # global indices; layer 2 is on another rank
-    assert replay.local_layers == {0, 2}
-    microbatch = recorded(layers=3)
+    assert replay.local_layers == [0, 2]
+    microbatch = recorded(layers=2)  # of this rank's layers only
     second, fifth = routers(*chunks)
     assert torch.equal(select(replay, second, microbatch)[1], microbatch.indices[0].long())
-    assert torch.equal(select(replay, fifth, microbatch)[1], microbatch.indices[2].long())
+    assert torch.equal(select(replay, fifth, microbatch)[1], microbatch.indices[1].long())
+
+
+def test_routing_is_in_the_order_of_the_layers_whatever_the_order_of_the_chunks():
+    chunks = [model(3), model(1)]
+    replay = Replay(chunks, layers=[0, 1, 2])
+    assert replay.local_layers == [0, 2]
+    microbatch = recorded(layers=2)
+    third, first = routers(*chunks)
+    assert torch.equal(select(replay, first, microbatch)[1], microbatch.indices[0].long())
+    assert torch.equal(select(replay, third, microbatch)[1], microbatch.indices[1].long())
 
 
 def test_a_rank_without_routers_replays_nothing():
     replay = Replay([model(1, 2, dense=(1, 2))], layers=[2])
-    assert replay.local_layers == set()
-    assert one_pass(replay, recorded(1)) == [0, 0, 0]
+    assert replay.local_layers == []
+    assert one_pass(replay, recorded(0)).tolist() == [[0, 0, 0, 0]]
 
 
 def test_a_router_where_the_arguments_have_no_moe_layer_is_refused():
@@ -115,15 +137,21 @@ def test_two_routers_of_one_layer_are_refused():
         Replay([model(1), model(1)], layers=[0])
 
 
-def test_the_draft_heads_router_chooses_for_itself():
+@pytest.mark.parametrize("known_by", ["its name", "Megatron's mark"])
+def test_the_draft_heads_router_chooses_for_itself(known_by):
     chunk = model(1)
-    chunk.mtp = model(1)
+    if known_by == "its name":
+        chunk.mtp = model(1)
+    else:
+        chunk.head = model(1)
+        routers(chunk.head)[0].is_mtp_layer = True
     replay = Replay([chunk], layers=[0])
     main, draft = routers(chunk)
     microbatch = recorded(1)
     assert select(replay, draft, microbatch) is None
     assert select(replay, main, microbatch) is not None
-    assert one_pass(replay, recorded(1))[:2] == [TOKENS, TOKENS], "nor is it expected to replay"
+    counts = one_pass(replay, recorded(1))
+    assert counts[:, [REPLAYED, RECORDED]].tolist() == [[TOKENS, TOKENS]], "nor is it expected to replay"
 
 
 def test_a_router_of_another_model_chooses_for_itself():
@@ -132,12 +160,14 @@ def test_a_router_of_another_model_chooses_for_itself():
     assert select(replay, routers(other)[0], recorded(1)) is None
 
 
-def test_the_routers_may_go():
+def test_the_routers_may_go_and_are_missed():
     """A reference model is swapped in and out; the replay must not keep dead routers alive."""
     chunk = model(1)
     replay = Replay([chunk], layers=[0])
+    router = weakref.ref(routers(chunk)[0])
     del chunk
-    assert replay.local_layers == set()
+    assert router() is None
+    assert one_pass(replay, recorded(1))[:, [REPLAYED, RECORDED]].tolist() == [[0, TOKENS]]
 
 
 # -- selecting -------------------------------------------------------------------------------------------------------
@@ -190,6 +220,23 @@ def test_a_router_that_asks_twice_in_a_forward_is_an_error():
     select(replay, first, recorded(2))  # another microbatch is another forward
 
 
+def test_a_measurement_compares_and_leaves_the_choice():
+    chunk = model(1)
+    (router,) = routers(chunk)
+    microbatch, scores = recorded(1), torch.randn(TOKENS, EXPERTS)
+    found = []
+    for measure_only in (False, True):
+        replay = Replay([chunk], layers=[0], measure_only=measure_only)
+        replay.begin()
+        same_again = recorded(1)
+        replay.add(same_again)
+        found.append((select(replay, router, same_again, scores), replay.counts()))
+    assert torch.equal(found[0][0][1], microbatch.indices[0].long())
+    assert found[1][0] is None
+    assert torch.equal(found[0][1], found[1][1]), "what differs is the same, and so is how much was looked at"
+    assert found[0][1][0, DIFFERENT] > 0
+
+
 def test_a_recomputation_gives_the_same_and_is_not_counted():
     chunk = model(1)
     (router,) = routers(chunk)
@@ -215,8 +262,14 @@ def test_a_recomputation_gives_the_same_and_is_not_counted():
 def test_the_count_is_of_recorded_tokens_in_every_layer():
     chunk = model(1, 2, 3)
     replay = Replay([chunk], layers=[0, 1, 2])
-    replayed, expected, _ = one_pass(replay, recorded(3, without=(0, 5)), recorded(3, tokens=4))
-    assert replayed == expected == 3 * (TOKENS - 2 + 4)
+    counts = one_pass(replay, recorded(3, without=(0, 5)), recorded(3, tokens=4))
+    assert counts[:, :3].tolist() == [[TOKENS - 2 + 4, TOKENS - 2 + 4, TOKENS + 4]] * 3
+
+
+def test_padding_and_last_tokens_are_no_tokens_at_all():
+    chunk = model(1)
+    counts = one_pass(Replay([chunk], layers=[0]), recorded(1, without=(1,), padding=(0, 5)))
+    assert counts[0, [REPLAYED, RECORDED, CHOICES]].tolist() == [TOKENS - 3, TOKENS - 3, TOKENS - 2]
 
 
 def test_a_router_that_was_not_asked_is_missing_from_the_count():
@@ -228,7 +281,31 @@ def test_a_router_that_was_not_asked_is_missing_from_the_count():
         replay.add(microbatch)
         select(replay, routers(chunk)[0], microbatch)
     select(replay, routers(chunk)[1], microbatches[0])
-    assert replay.counts().tolist()[:2] == [2 * TOKENS + (TOKENS - 1), 2 * (TOKENS + TOKENS - 1)]
+    counts = replay.counts()
+    assert counts[:, REPLAYED].tolist() == [2 * TOKENS - 1, TOKENS]
+    assert counts[:, RECORDED].tolist() == [2 * TOKENS - 1] * 2
+
+
+def test_layers_of_another_rank_count_nothing_here():
+    chunk = model(2)
+    counts = one_pass(Replay([chunk], layers=[0, 1, 2]), recorded(1))
+    assert counts[:, [REPLAYED, RECORDED, CHOICES]].tolist() == [[0] * 3, [TOKENS] * 3, [0] * 3]
+
+
+def test_a_forward_pass_through_one_chunk_expects_only_that_chunks_layers():
+    """Virtual pipeline stages: each microbatch passes each chunk by itself."""
+    chunks = [model(1), model(3)]
+    replay = Replay(chunks, layers=[0, 1, 2])
+    first, third = routers(*chunks)
+    replay.begin()
+    for chunk, router in ((0, first), (1, third)):
+        microbatch = recorded(2, chunk=chunk)
+        replay.add(microbatch)
+        select(replay, router, microbatch)
+    assert replay.counts()[:, [REPLAYED, RECORDED]].tolist() == [[TOKENS] * 2, [0, 0], [TOKENS] * 2]
+    missed = recorded(2, chunk=1)
+    replay.add(missed)
+    assert replay.counts()[:, [REPLAYED, RECORDED]].tolist() == [[TOKENS] * 2, [0, 0], [TOKENS, 2 * TOKENS]]
 
 
 def test_different_tokens_are_counted_where_a_choice_was_recorded():
@@ -243,7 +320,21 @@ def test_different_tokens_are_counted_where_a_choice_was_recorded():
     replay.begin()
     replay.add(microbatch)
     select(replay, router, microbatch, scores)
-    assert replay.counts().tolist() == [TOKENS - 1, TOKENS - 1, 2]
+    assert replay.counts().tolist() == [[TOKENS - 1, TOKENS - 1, TOKENS, 2]]
+
+
+def test_different_tokens_are_counted_by_layer():
+    chunk = model(1, 2)
+    replay = Replay([chunk], layers=[0, 1])
+    scores = torch.zeros(TOKENS, EXPERTS)
+    scores[:, 0], scores[:, 1] = 2.0, 1.0
+    microbatch = recorded(2)
+    microbatch.indices[0] = torch.tensor([[0, 1]])
+    microbatch.indices[1] = torch.tensor([[0, 2]])
+    replay.begin()
+    for router in routers(chunk):
+        select(replay, router, microbatch, scores)
+    assert replay.counts()[:, DIFFERENT].tolist() == [0, TOKENS]
 
 
 def test_every_pass_counts_for_itself():
@@ -251,8 +342,8 @@ def test_every_pass_counts_for_itself():
     replay = Replay([chunk], layers=[0])
     first = one_pass(replay, recorded(1), recorded(1))
     second = one_pass(replay, recorded(1))
-    assert first[:2] == [2 * TOKENS] * 2
-    assert second[:2] == [TOKENS] * 2
+    assert first[0, :3].tolist() == [2 * TOKENS] * 3
+    assert second[0, :3].tolist() == [TOKENS] * 3
 
 
 def test_after_an_exception_in_a_pass_the_next_one_is_clean():
@@ -263,7 +354,7 @@ def test_after_an_exception_in_a_pass_the_next_one_is_clean():
     replay.add(half)
     select(replay, routers(chunk)[0], half)  # … and then the second layer raised
     replay.end()
-    assert one_pass(replay, recorded(2))[:2] == [2 * TOKENS] * 2
+    assert one_pass(replay, recorded(2))[:, :2].tolist() == [[TOKENS] * 2] * 2
 
 
 def test_the_routing_of_a_microbatch_is_let_go_before_the_pass_ends():
@@ -278,10 +369,10 @@ def test_the_routing_of_a_microbatch_is_let_go_before_the_pass_ends():
 
 def test_a_pass_without_microbatches_counts_nothing():
     chunk = model(1)
-    assert one_pass(Replay([chunk], layers=[0])) == [0, 0, 0]
+    assert one_pass(Replay([chunk], layers=[0])).tolist() == [[0, 0, 0, 0]]
 
 
-# -- the plugin ------------------------------------------------------------------------------------------------------
+# -- the plugin, training --------------------------------------------------------------------------------------------
 
 
 def arguments(**changed) -> Namespace:
@@ -296,57 +387,166 @@ def arguments(**changed) -> Namespace:
             "moe_expert_capacity_factor": None,
             "use_rollout_routing_replay": True,
             "use_routing_replay": True,
+            "pipeline_model_parallel_size": 1,
+            "context_parallel_size": 1,
+            "tensor_model_parallel_size": 1,
+            "sequence_parallel": False,
+            "allgather_cp": False,
+            "data_pad_size_multiplier": 4,
+            "r3_earlier_rows": "keep",
+            "r3_missing": "fail",
+            "r3_measure_only": False,
             **changed,
         }
     )
 
 
-@pytest.fixture
-def trainer(monkeypatch):
-    """One trainer process with a model of two MoE layers; reductions are over this rank alone."""
-    monkeypatch.setattr(r3, "_replay", None)
-    monkeypatch.setattr(r3, "_metrics", {})
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None, raising=False)
-    chunk = model(1, 2)
-    r3.model_built(args=arguments(), model=[chunk], role="actor")
-    yield SimpleNamespace(args=arguments(), chunk=chunk, routers=routers(chunk))
-    set_current(None)
+class Trainer:
+    """One trainer process with a model of two MoE layers, and the rollout that it was given."""
 
+    def __init__(self, args: Namespace) -> None:
+        self.args, self.chunk = args, model(1, 2)
+        self.routers = routers(self.chunk)
+        r3.model_built(args=args, model=[self.chunk], role="actor")
 
-def begin_microbatch(trainer, tokens: int = TOKENS, seed: int = 0) -> Microbatch:
-    trace = recorded(2, tokens=tokens - 1, seed=seed).indices.transpose(0, 1)  # one sample, whose last token has no row
-    batch = {"rollout_routed_experts": [trace], "unconcat_tokens": [torch.zeros(tokens)]}
-    microbatch = Microbatch(batch, torch.arange(tokens))
-    set_current(microbatch)
-    r3.microbatch_begins(args=trainer.args, microbatch=microbatch)
-    return microbatch
+    def receive(self, lengths=(TOKENS,), microbatches=((0,),), without=(), seed: int = 0) -> None:
+        """A rollout of samples that repeat no token; those `without` routing were masked out."""
+        self.tokens = [list(range(100 * number, 100 * number + length)) for number, length in enumerate(lengths)]
+        self.traces = [
+            None if number in without else recorded(2, n - 1, seed=seed + number).indices.transpose(0, 1)
+            for number, n in enumerate(lengths)
+        ]
+        samples = [
+            SimpleNamespace(
+                tokens=tokens,
+                rollout_routed_experts=None if rows is None else join(None, rows, 0, tokens, "1", True, "a sample"),
+            )
+            for tokens, rows in zip(self.tokens, self.traces, strict=True)
+        ]
+        self.data = {"tokens": self.tokens}
+        r3.collect_train_data(self.args, samples, self.data)
+        self.data["micro_batch_indices"] = [list(samples) for samples in microbatches]
+        (shared,) = r3.share_train_data(self.args, Schedule(lengths, [self.data["micro_batch_indices"]]))
+        r3.receive_train_data(self.args, self.data, Rank(), lambda names: [shared[name] for name in names])
+
+    def begin(self, *samples: int, chunk: int = 0) -> Microbatch:
+        """The forward pass of a microbatch of these samples."""
+        samples = samples or (0,)
+        batch = {
+            "rollout_routed_experts": [self.data["rollout_routed_experts"][number] for number in samples],
+            "unconcat_tokens": [torch.tensor(self.tokens[number]) for number in samples],
+        }
+        lengths = [len(self.tokens[number]) for number in samples]
+        microbatch = Microbatch(batch, Packing.of(self.args).positions(lengths), chunk)
+        set_current(microbatch)
+        r3.microbatch_begins(microbatch=microbatch)
+        return microbatch
+
+    def enter(self, stage: str = "train", chunk: torch.nn.Module | None = None) -> None:
+        r3.pass_begins(stage, [self.chunk if chunk is None else chunk])
+
+    def end(self, stage: str = "train", error: BaseException | None = None) -> dict[str, float]:
+        r3.pass_ends(self.args, stage, [self.chunk], error)
+        return dict(r3.step_metrics())
+
+    def step(self, *scores, **changed) -> dict[str, float]:
+        """One training step over the whole rollout; every router is asked once a microbatch."""
+        self.enter()
+        for samples in self.data["micro_batch_indices"]:
+            microbatch = self.begin(*samples)
+            for layer, router in enumerate(self.routers):
+                ask(router, scores[layer] if scores else torch.randn(len(microbatch.positions), EXPERTS))
+        return self.end()
 
 
 def ask(router: Router, scores=None):
-    scores = torch.randn(TOKENS, EXPERTS) if scores is None else scores
+    scores = torch.randn(8, EXPERTS) if scores is None else scores  # 6 tokens and padding
     return r3.select_experts(router, scores, TOPK, lambda: torch.topk(scores, TOPK, dim=1))
+
+
+@pytest.fixture
+def build_trainer(monkeypatch):
+    """Trainer processes by their arguments; reductions are over this rank alone."""
+    for name, value in {"_replay": None, "_shard": None, "_metrics": {}, "_traces": []}.items():
+        monkeypatch.setattr(r3, name, value)
+    r3._shares.clear()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None, raising=False)
+
+    def build(**changed) -> Trainer:
+        made = Trainer(arguments(**changed))
+        made.receive()
+        return made
+
+    yield build
+    set_current(None)
+    r3._shares.clear()
+
+
+@pytest.fixture
+def trainer(build_trainer) -> Trainer:
+    return build_trainer()
 
 
 @pytest.mark.parametrize("stage", ["log_prob", "train"])
 def test_the_actors_passes_replay(trainer, stage):
-    r3.pass_begins(stage)
-    microbatch = begin_microbatch(trainer)
+    trainer.enter(stage)
+    trainer.begin()
     for layer, router in enumerate(trainer.routers):
-        trace = microbatch.batch["rollout_routed_experts"][0]
-        assert torch.equal(ask(router)[1][:-1], trace[:, layer].long())
-    r3.pass_ends(stage, [trainer.chunk], None)
-    metrics = r3.step_metrics()
+        assert torch.equal(ask(router)[1][: TOKENS - 1], trainer.traces[0][:, layer].long())
+    metrics = trainer.end(stage)
     assert (metrics.get("r3/coverage") == 1.0) == (stage == "train")
     assert ("r3/different_tokens" in metrics) == (stage == "train")
 
 
+@pytest.mark.parametrize("pipeline", [1, 2], ids=["one stage", "several stages"])
+def test_each_microbatch_takes_its_own_samples_in_its_own_order(build_trainer, pipeline):
+    """Also where pipeline stages fetch layer by layer."""
+    trainer = build_trainer(pipeline_model_parallel_size=pipeline)
+    trainer.receive(lengths=(3, 5, 1, 2), microbatches=((2, 1), (3, 0)))
+    trainer.enter()
+    for samples in ((2, 1), (3, 0)):
+        microbatch = trainer.begin(*samples)
+        assert len(microbatch.positions) == 8
+        for layer, router in enumerate(trainer.routers):
+            chosen, begin = ask(router)[1], 0
+            for sample in samples:
+                rows = trainer.traces[sample][:, layer].long()
+                assert torch.equal(chosen[begin : begin + len(rows)], rows)
+                begin += len(rows) + 1
+    assert trainer.end()["r3/coverage"] == 1.0
+
+
+def test_a_sample_of_the_schedules_other_rank_is_not_needed(trainer):
+    """What a rank is given of the handles is its own part; they say themselves of which sample they are."""
+    trainer.receive(lengths=(3, 4, 5, 6), microbatches=((3,), (1,)))
+    whole = trainer.data
+    (shared,) = r3.shards.cut(
+        [trace.contiguous() for trace in trainer.traces],
+        Schedule((3, 4, 5, 6), [[[3], [1]]]),
+        Packing.of(trainer.args),
+        r3._routing(trainer.args),
+        False,
+    )
+    mine = {
+        "rollout_routed_experts": [whole["rollout_routed_experts"][3], whole["rollout_routed_experts"][1]],
+        "micro_batch_indices": [[0], [1]],
+    }
+    r3.receive_train_data(trainer.args, mine, Rank(), lambda names: [shared[name] for name in names])
+    trainer.enter()
+    for sample in (3, 1):
+        trainer.begin(sample)
+        chosen = [ask(router, torch.randn(4 * -(-(sample + 3) // 4), EXPERTS))[1] for router in trainer.routers]
+        assert torch.equal(chosen[0][: sample + 2], trainer.traces[sample][:, 0].long())
+    assert trainer.end()["r3/coverage"] == 1.0
+
+
 @pytest.mark.parametrize("stage", ["ref_log_prob", "teacher_log_prob", "values"])
 def test_other_passes_route_for_themselves(trainer, stage):
-    r3.pass_begins(stage)
-    microbatch = begin_microbatch(trainer)
+    trainer.enter(stage)
+    microbatch = trainer.begin()
     assert microbatch.values == {}
     assert ask(trainer.routers[0]) is None
-    r3.pass_ends(stage, [trainer.chunk], None)
+    trainer.end(stage)
 
 
 def test_outside_of_a_pass_routers_choose_for_themselves(trainer):
@@ -354,88 +554,227 @@ def test_outside_of_a_pass_routers_choose_for_themselves(trainer):
 
 
 def test_an_incomplete_replay_ends_the_run(trainer):
-    r3.pass_begins("train")
-    begin_microbatch(trainer)
+    trainer.enter()
+    trainer.begin()
     ask(trainer.routers[0])
     with pytest.raises(PluginError, match="not replayed everywhere in the train pass") as caught:
-        r3.pass_ends("train", [trainer.chunk], None)
+        trainer.end()
     assert caught.value.facts["replayed"].startswith(f"{TOKENS - 1} ")
     assert caught.value.facts["expected"] == str(2 * (TOKENS - 1))
+    assert caught.value.facts["layers"] == "1"
 
 
 def test_a_pass_that_raised_is_not_judged_and_the_next_is_clean(trainer):
-    r3.pass_begins("train")
-    begin_microbatch(trainer)
+    trainer.enter()
+    trainer.begin()
     ask(trainer.routers[0])
-    r3.pass_ends("train", [trainer.chunk], RuntimeError("out of memory"))
-    r3.pass_begins("ref_log_prob")
-    assert begin_microbatch(trainer).values == {}
-    r3.pass_ends("ref_log_prob", [trainer.chunk], None)
+    trainer.end(error=RuntimeError("out of memory"))
+    trainer.enter("ref_log_prob")
+    assert trainer.begin().values == {}
+    trainer.end("ref_log_prob")
     test_the_actors_passes_replay(trainer, "train")
 
 
 def test_interleaved_microbatches_with_recomputation(trainer):
     """1F1B: the backward of the first microbatch runs after the forward of the second."""
-    r3.pass_begins("train")
-    bound, traces = [], []
-    for seed in range(2):
-        microbatch = begin_microbatch(trainer, seed=seed)
-        traces.append(microbatch.batch["rollout_routed_experts"][0])
-        bound.append([bind(lambda router=router: ask(router)[1][:-1]) for router in trainer.routers])
+    trainer.receive(lengths=(TOKENS, TOKENS), microbatches=((0,), (1,)))
+    trainer.enter()
+    bound = []
+    for sample in range(2):
+        trainer.begin(sample)
+        bound.append([bind(lambda router=router: ask(router)[1][: TOKENS - 1]) for router in trainer.routers])
         for function in bound[-1]:
             function()
-    for seed in (0, 1):
-        for layer, function in reversed(list(enumerate(bound[seed]))):
-            assert torch.equal(function(), traces[seed][:, layer].long())
-    r3.pass_ends("train", [trainer.chunk], None)
-    assert r3.step_metrics()["r3/coverage"] == 1.0
+    for sample in (0, 1):
+        for layer, function in reversed(list(enumerate(bound[sample]))):
+            assert torch.equal(function(), trainer.traces[sample][:, layer].long())
+    assert trainer.end()["r3/coverage"] == 1.0
 
 
-def test_the_critic_is_not_bound(trainer):
-    before = r3._replay
-    r3.model_built(args=arguments(), model=[model(7)], role="critic")
+def test_a_masked_sample_has_no_routing_and_the_coverage_says_so(trainer):
+    """It routes for itself as far as it can: experts of nobody's choice, which its loss mask keeps from mattering."""
+    trainer.receive(lengths=(5, 3, 5), microbatches=((0, 1), (2,)), without=(1,))
+    metrics = trainer.step()
+    assert metrics["r3/coverage"] == pytest.approx(8 / 10)
+    trainer.receive(lengths=(5,), microbatches=((0,),), without=(0,))
+    assert trainer.step()["r3/coverage"] == 0.0
+
+
+def test_the_share_of_different_tokens_is_of_recorded_ones_in_all_and_by_layer(trainer):
+    trainer.receive(lengths=(5, 3), microbatches=((0, 1),), without=(1,))
+    natural = torch.zeros(8, EXPERTS)
+    natural[range(4), trainer.traces[0][:, 0, 0].long()] = 2.0
+    natural[range(4), trainer.traces[0][:, 0, 1].long()] = 1.0
+    other = natural.clone()
+    other[0] = 0
+    other[0, [expert for expert in range(EXPERTS) if expert not in trainer.traces[0][0, 1]][:TOPK]] = 1.0
+    other[1:4] = 0
+    other[torch.arange(1, 4)[:, None], trainer.traces[0][1:, 1].long()] = 1.0
+    metrics = trainer.step(natural, other)
+    assert metrics["r3/different_tokens/layer_0"] == 0
+    assert metrics["r3/different_tokens/layer_1"] == 1 / 4
+    assert metrics["r3/different_tokens"] == 1 / 8
+    assert metrics["r3/host_seconds"] >= 0
+
+
+def test_layers_are_named_as_the_model_numbers_them(build_trainer, monkeypatch):
+    """Layer 0 is dense: the two MoE layers are 1 and 2."""
+    chunk = model(1, 2, 3, dense=(1,))
+    monkeypatch.setattr(sys.modules[__name__], "model", lambda *numbers: chunk)
+    trainer = build_trainer(num_layers=3, moe_layer_freq=[0, 1, 1])
+    named = {name for name in trainer.step() if "/layer_" in name}
+    assert named == {"r3/different_tokens/layer_1", "r3/different_tokens/layer_2"}
+
+
+# -- measuring only --------------------------------------------------------------------------------------------------
+
+
+def test_measuring_leaves_every_choice_and_finds_what_replay_finds(build_trainer):
+    lengths, microbatches = (5, 3, 4), ((0, 1), (2,))
+    scores = [torch.randn(8, EXPERTS), torch.randn(8, EXPERTS)]
+    found = {}
+    for measure_only in (False, True):
+        trainer = build_trainer(r3_measure_only=measure_only)
+        trainer.receive(lengths, microbatches)
+        trainer.enter()
+        for samples in microbatches:
+            positions = trainer.begin(*samples).positions
+            for layer, router in enumerate(trainer.routers):
+                choice = ask(router, scores[layer][: len(positions)])
+                assert (choice is None) == measure_only, "None: the router keeps its own"
+        found[measure_only] = trainer.end()
+    assert found[False]["r3/coverage"] == 1.0
+    assert found[True]["r3/coverage"] == 0.0
+    assert found[True]["r3/different_tokens"] > 0
+    shares = [{n: v for n, v in metrics.items() if "different" in n} for metrics in found.values()]
+    assert shares[0] == shares[1]
+
+
+# -- a jump ----------------------------------------------------------------------------------------------------------
+
+BY_LAYER = {0: 0.1, 5: 0.9}
+
+
+@pytest.mark.parametrize(
+    ("share", "before"),
+    [
+        (0.0, []),
+        (0.3, []),
+        (0.3, [0.0, 0.0]),
+        (0.0, [0.0] * 20),
+        (0.015, [0.0] * 20),
+        (0.015, [0.001] * 20),
+        (0.1, [0.09, 0.1, 0.08, 0.12]),
+        (0.2, [0.1] * 20),
+        (0.01, [0.2] * 20),
+        (0.1, [0.1] * 19 + [0.0]),
+    ],
+)
+def test_small_and_steady_shares_are_no_warning(share, before):
+    assert r3.jump(share, before, BY_LAYER) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "before", "said"),
+    [
+        (0.1, [0.0] * 3, "10.0%"),
+        (0.1, [0.01] * 20, "after 1.0% before"),
+        (0.1, [0.01] * 18 + [0.4] * 2, "after 1.0% before"),
+        (0.49, [0.05] * 3, "after 5.0% before"),
+        (0.5, [], "50.0%"),
+        (0.93, [], "93.0%"),
+        (0.6, [0.6] * 20, "after 60.0% before"),
+    ],
+)
+def test_a_jump_or_more_than_half_is_a_warning_that_names_the_worst_layer(share, before, said):
+    warning = r3.jump(share, before, BY_LAYER)
+    assert said in warning
+    assert "layer 5, 90.0%" in warning
+    assert ("before (" in warning) == (len(before) >= 3)
+
+
+def test_a_run_warns_at_the_step_that_jumps_and_only_there(trainer, caplog):
+    def step(different: bool) -> None:
+        scores = [torch.zeros(8, EXPERTS) for _ in range(2)]
+        for layer in range(2):
+            chosen = trainer.traces[0][:, layer].long()
+            scores[layer][torch.arange(TOKENS - 1)[:, None], chosen] = -1.0 if different else 1.0
+        trainer.step(*scores)
+
+    for _ in range(r3.REMEMBERED + 3):
+        step(different=False)
+    assert len(r3._shares) == r3.REMEMBERED
+    assert caplog.records == []
+    step(different=True)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "would route differently by themselves" in record.getMessage()
+    assert "after 0.0% before" in record.getMessage()
+    step(different=False)
+    assert len(caplog.records) == 1
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_the_critic_is_not_bound_and_its_passes_are_natural(trainer):
+    """Actor and critic may live in one process, where the critic trains in a pass of the same name."""
+    before, critic = r3._replay, model(7)
+    r3.model_built(args=arguments(), model=[critic], role="critic")
     assert r3._replay is before
+    trainer.enter("train", critic)
+    assert trainer.begin().values == {}
+    assert ask(routers(critic)[0]) is None
+    trainer.end("train")
+    assert trainer.step()["r3/coverage"] == 1.0
 
 
-def test_the_routing_must_reach_the_trainer():
-    assert r3.take_routed_experts({"rollout_routed_experts": []}) is True
-    with pytest.raises(PluginError, match="carries no routing"):
-        r3.take_routed_experts({"tokens": [], "rewards": []})
+@pytest.mark.parametrize("stage", ["log_prob", "train"])
+def test_a_replaying_pass_on_a_model_that_was_never_bound_is_refused(trainer, stage):
+    with pytest.raises(PluginError, match="another model than the one that was bound"):
+        trainer.enter(stage, model(1, 2))
+    trainer.enter("ref_log_prob", model(1, 2))
+    assert ask(trainer.routers[0]) is None
 
 
-def test_samples_become_compact_traces():
-    samples = [
-        SimpleNamespace(index=number, tokens=[0] * 4, rollout_routed_experts=recorded(3, tokens=2, seed=number).indices)
-        for number in range(2)
-    ]
-    train_data = {"tokens": [sample.tokens for sample in samples]}
-    r3.collect_train_data(arguments(moe_layer_freq=[0, 1]), samples, train_data)
-    kept = train_data["rollout_routed_experts"]
-    assert [tuple(each.shape) for each in kept] == [(3, 1, TOPK)] * 2
-    samples[1].rollout_routed_experts = None
-    with pytest.raises(PluginError, match="sample 1"):
-        r3.collect_train_data(arguments(moe_layer_freq=[0, 1]), samples, train_data)
+def test_the_critic_fetches_no_routing(monkeypatch):
+    monkeypatch.setattr(r3, "_replay", None)
+    r3.receive_train_data(arguments(), {}, Rank(), lambda names: pytest.fail("fetched"))
 
 
-def test_training_data_that_lost_or_changed_a_sample_is_refused():
-    samples = [SimpleNamespace(index=0, tokens=[0] * 4), SimpleNamespace(index=1, tokens=[0] * 5)]
-    for tokens in ([[0] * 4], [[0] * 5, [0] * 4], [[0] * 4, [0] * 4 + [1]]):
-        with pytest.raises(PluginError, match="one for one and in order"):
-            r3.collect_train_data(arguments(), samples, {"tokens": tokens})
+def test_the_routing_must_reach_the_trainer(trainer):
+    assert r3.take_routed_experts() is True
+    with pytest.raises(PluginError, match="carries no routing") as caught:
+        r3.receive_train_data(trainer.args, {"tokens": [], "rewards": []}, Rank(), lambda names: [])
+    assert caught.value.facts == {"fields": "tokens, rewards"}
 
 
-def test_routing_that_does_not_belong_to_the_tokens_is_refused(trainer):
-    r3.pass_begins("train")
-    trace = recorded(2, tokens=TOKENS - 2).indices.transpose(0, 1)
-    batch = {"rollout_routed_experts": [trace], "unconcat_tokens": [torch.zeros(TOKENS)]}
-    with pytest.raises(PluginError, match="does not belong to its tokens"):
-        r3.microbatch_begins(args=trainer.args, microbatch=Microbatch(batch, torch.arange(TOKENS)))
+@pytest.mark.parametrize("change", ["a token more", "a token less", "another sample's"])
+def test_routing_that_does_not_belong_to_the_tokens_is_refused(trainer, change):
+    trainer.receive(lengths=(TOKENS, 4), microbatches=((0,), (1,)))
+    if change == "another sample's":
+        trainer.data["rollout_routed_experts"].reverse()
+    else:
+        trainer.tokens[0] = list(range(TOKENS + (1 if change == "a token more" else -1)))
+    trainer.enter()
+    with pytest.raises(PluginError, match="does not belong to its tokens") as caught:
+        trainer.begin(0)
+    assert caught.value.facts["tokens"] == [len(trainer.tokens[0])]
+
+
+@pytest.mark.parametrize("samples", [(1, 0), (0,), (0, 1, 2), (1, 2)], ids=str)
+def test_a_microbatch_that_is_not_in_the_schedule_is_refused(trainer, samples):
+    trainer.receive(lengths=(4, 4, 4), microbatches=((0, 1), (2,)))
+    trainer.enter()
+    with pytest.raises(PluginError, match="none of those that the routing was cut for") as caught:
+        trainer.begin(*samples)
+    assert caught.value.facts["its samples"] == list(samples)
 
 
 def test_a_bound_router_without_a_microbatch_is_an_error(trainer):
     """A recomputation in another thread, say, that nothing has bound to its microbatch."""
-    r3.pass_begins("train")
-    begin_microbatch(trainer)
+    trainer.enter()
+    trainer.begin()
     with ThreadPoolExecutor(1) as thread, pytest.raises(PluginError, match="nothing says for which microbatch"):
         thread.submit(ask, trainer.routers[0]).result()
 
@@ -451,11 +790,11 @@ def test_a_critic_says_that_it_routes_for_itself(monkeypatch):
     assert r3.probe("trainer")
 
 
-@pytest.mark.parametrize("on", [True, False])
-def test_the_engine_is_asked_for_its_routing_only_if_it_records_it(on):
-    request = SimpleNamespace(return_routed_experts=False)
-    r3.receive_engine_request(SimpleNamespace(enable_return_routed_experts=on), request)
-    assert request.return_routed_experts is on
+def test_a_trainer_says_how_many_routers_replay(trainer):
+    assert r3.probe("trainer") == "2 routers of this rank replay"
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
 
 
 def test_arguments_that_fit():
@@ -465,25 +804,94 @@ def test_arguments_that_fit():
     assert args.use_rollout_routing_replay is True
 
 
-@pytest.mark.parametrize(
-    ("changed", "flag"),
-    [
-        ({"num_experts": None}, "--num-experts"),
-        ({"moe_router_fusion": True}, "--moe-router-fusion"),
-        ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type"),
-        ({"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}, "--moe-router-load-balancing-type"),
-        ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor"),
-        ({"moe_enable_routing_replay": True}, "--moe-enable-routing-replay"),
-        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
-        ({"prefill_num_servers": 1}, "--prefill-num-servers"),
-        ({"use_rollout_routing_replay": False}, "--custom-config-path"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_arguments_that_cannot_work_are_refused(changed, flag):
+def servers(*kinds: str) -> str:
+    groups = "".join(f"\n  - {{worker_type: {kind}, num_gpus: 1}}" for kind in kinds)
+    return f"sglang:\n- name: actor\n  server_groups:{groups}\n"
+
+
+# Each flag that r3 cannot work with, and arguments that make it so; a new line of refusals.py needs one here.
+REFUSED = [
+    ("--num-experts", {"num_experts": None}),
+    ("--num-experts", {"num_experts": 0}),
+    ("--moe-router-fusion", {"moe_router_fusion": True}),
+    ("--moe-router-load-balancing-type", {"moe_router_load_balancing_type": "sinkhorn"}),
+    ("--moe-router-load-balancing-type", {"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}),
+    ("--moe-router-load-balancing-type", {"moe_router_load_balancing_type": "quantile_balancing"}),
+    ("--moe-router-load-balancing-type", {"moe_router_load_balancing_type": ["quantile_balancing"]}),
+    ("--moe-expert-capacity-factor", {"moe_expert_capacity_factor": 1.0}),
+    ("--moe-expert-capacity-factor", {"moe_expert_capacity_factor": 0.0}),
+    ("--moe-enable-routing-replay", {"moe_enable_routing_replay": True}),
+    ("--overlap-moe-expert-parallel-comm", {"overlap_moe_expert_parallel_comm": True}),
+    ("--qkv-format", {"qkv_format": "bshd"}),
+    ("--prefill-num-servers", {"prefill_num_servers": 1}),
+    ("--prefill-num-servers", {"prefill_num_servers": 0}),
+    ("--sglang-config", {"sglang_config": servers("prefill", "decode")}),
+    ("--sglang-config", {"sglang_config": servers("regular", "encoder")}),
+    ("--sglang-enable-hierarchical-cache", {"sglang_enable_hierarchical_cache": True}),
+    (
+        "--sglang-speculative-algorithm",
+        {"sglang_speculative_algorithm": "EAGLE", "sglang_enable_dp_attention": True},
+    ),
+    ("--custom-config-path", {"use_rollout_routing_replay": False}),
+    ("--moe-expert-rank-capacity-factor", {"moe_expert_rank_capacity_factor": 1.5}),
+    ("--moe-router-force-load-balancing", {"moe_router_force_load_balancing": True}),
+    ("--moe-router-force-biased", {"moe_router_force_biased": 0.0}),
+    ("--cuda-graph-impl", {"cuda_graph_impl": "local"}),
+    ("--enable-cuda-graph", {"enable_cuda_graph": True}),
+    ("--external-cuda-graph", {"external_cuda_graph": True}),
+]
+# Close to one of those, and fine.
+ACCEPTED = [
+    {},
+    {"moe_router_load_balancing_type": "aux_loss"},
+    {"moe_router_load_balancing_type": ["aux_loss", "none"]},
+    {"qkv_format": "thd"},
+    {"sglang_config": None},
+    {"sglang_config": servers("regular", "placeholder")},
+    {"sglang_speculative_algorithm": "EAGLE"},
+    {"sglang_speculative_algorithm": "EAGLE", "sglang_enable_dp_attention": False},
+    {"sglang_enable_dp_attention": True},
+    {"prefill_num_servers": None, "sglang_enable_hierarchical_cache": False},
+    {"moe_enable_routing_replay": False, "overlap_moe_expert_parallel_comm": False},
+    {"cuda_graph_impl": "none", "enable_cuda_graph": False, "external_cuda_graph": False},
+    {"moe_router_force_load_balancing": False, "moe_router_force_biased": None},
+]
+
+
+def configured(changed: dict[str, object], folder) -> Namespace:
+    args = arguments(**changed)
+    if text := changed.get("sglang_config"):
+        pytest.importorskip("yaml")
+        args.sglang_config = str(folder / "servers.yaml")
+        (folder / "servers.yaml").write_text(text)
+    r3.configure(args)
+    return args
+
+
+@pytest.mark.parametrize(("flag", "changed"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_arguments_that_cannot_work_are_refused(flag, changed, tmp_path):
     with pytest.raises(ArgumentError, match="r3_replay cannot work") as caught:
-        r3.configure(arguments(**changed))
+        configured(changed, tmp_path)
     assert list(caught.value.facts) == [flag]
+    assert caught.value.facts[flag], "with the reason"
+
+
+@pytest.mark.parametrize("changed", ACCEPTED, ids=str)
+def test_arguments_next_to_those_are_accepted(changed, tmp_path):
+    assert configured(changed, tmp_path).use_rollout_routing_replay is True
+
+
+def test_every_flag_that_can_be_refused_is_tried():
+    assert {flag for flag, _ in REFUSED} | {"ENABLE_ROUTING_REPLAY"} == set(refusals._reasons(arguments()))
+
+
+def test_the_variable_that_turns_on_a_patched_megatrons_own_replay_is_refused(monkeypatch):
+    monkeypatch.setenv("ENABLE_ROUTING_REPLAY", "1")
+    with pytest.raises(ArgumentError) as caught:
+        r3.configure(arguments())
+    assert list(caught.value.facts) == ["ENABLE_ROUTING_REPLAY"]
+    monkeypatch.setenv("ENABLE_ROUTING_REPLAY", "0")
+    r3.configure(arguments())
 
 
 def test_all_reasons_are_given_at_once():
@@ -582,7 +990,8 @@ def test_megatron_routes_as_recorded(megatron, selecting, monkeypatch, case):
     def replayed(indices):
         r3._replay.begin()
         microbatch = Microbatch({}, torch.arange(TOKENS))
-        record = Recorded(indices[None].to(torch.uint8), torch.ones(TOKENS, dtype=torch.bool), set())
+        every = torch.ones(TOKENS, dtype=torch.bool)
+        record = Recorded(indices[None].to(torch.uint8), every, every)
         microbatch.values["r3_replay"] = record
         r3._replay.add(record)
         set_current(microbatch)
@@ -596,7 +1005,7 @@ def test_megatron_routes_as_recorded(megatron, selecting, monkeypatch, case):
     probs, routing_map = replayed(own)
     assert torch.equal(routing_map, natural_map)
     torch.testing.assert_close(probs, natural_probs, rtol=1e-6, atol=1e-7)
-    assert r3._replay.counts().tolist() == [TOKENS, TOKENS, 0]
+    assert r3._replay.counts().tolist() == [[TOKENS, TOKENS, TOKENS, 0]]
 
     # What it never would: the least likely experts, one of each end, so outside of any natural group.
     logits = made.gating(x.reshape(TOKENS, HIDDEN))
@@ -691,7 +1100,7 @@ def test_the_seams_own_probe_notices_a_routing_that_does_not_ask(megatron, monke
     monkeypatch.setattr(
         megatron.router,
         "topk_routing_with_score_function",
-        lambda logits, topk, router_replay=None: stock(logits, topk),
+        lambda logits, topk, router_replay=None, **kwargs: stock(logits, topk, **kwargs),
     )
     with pytest.raises(PluginError, match="does not follow"):
         router_seam.probe_selector()

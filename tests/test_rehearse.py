@@ -276,12 +276,21 @@ def following(flags: list[str], name: str) -> str:
 
 def test_the_flags_describe_the_cluster(rehearsal: Rehearsal) -> None:
     flags = flags_of(
-        replace(rehearsal, tensor_parallel=2, expert_parallel=4, data_parallel=2, engines=3, extra_flags=("--lr", "0"))
+        replace(
+            rehearsal,
+            tensor_parallel=2,
+            pipeline_parallel=3,
+            expert_parallel=4,
+            data_parallel=2,
+            engines=3,
+            extra_flags=("--lr", "0"),
+        )
     )
-    assert following(flags, "--actor-num-gpus-per-node") == "4"
+    assert following(flags, "--actor-num-gpus-per-node") == "12"
     assert following(flags, "--rollout-num-gpus") == "3"
-    assert following(flags, "--num-gpus-per-node") == "7"
+    assert following(flags, "--num-gpus-per-node") == "15"
     assert following(flags, "--tensor-model-parallel-size") == "2"
+    assert following(flags, "--pipeline-model-parallel-size") == "3"
     assert following(flags, "--expert-model-parallel-size") == "4"
     assert "--sequence-parallel" in flags
     assert following(flags, "--shape") == "1"
@@ -330,6 +339,50 @@ def test_the_inputs_are_written(rehearsal: Rehearsal) -> None:
     assert len(Path(following(command, "--prompt-data")).read_text().splitlines()) == 12
 
 
+def test_the_shape_reaches_the_model(rehearsal: Rehearsal) -> None:
+    pytest.importorskip("torch")
+    command = module.write_inputs(replace(rehearsal, layers=3, dense_layers=1, experts=16, topk=4))
+    assert following(command, "--num-layers") == "3"
+    assert following(command, "--moe-layer-freq") == "[0]*1+[1]*2"
+    assert following(command, "--num-experts") == "16"
+    assert following(command, "--moe-router-topk") == "4"
+
+
+def test_every_option_reaches_the_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {
+        "rollouts": 4,
+        "layers": 6,
+        "dense_layers": 1,
+        "experts": 16,
+        "topk": 5,
+        "tensor_parallel": 2,
+        "pipeline_parallel": 3,
+        "expert_parallel": 8,
+        "data_parallel": 7,
+        "engines": 9,
+        "seed": 10,
+        "timeout": 11.0,
+    }
+    found = []
+    monkeypatch.setattr(module, "present", lambda rehearsal, **how: found.append(rehearsal) or 0)
+    options = [word for name, value in asked.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    result = CliRunner().invoke(rehearse, [*options, "--folder", str(tmp_path), "--", "--lr", "0"])
+    assert result.exit_code == 0, result.output
+    (made,) = found
+    assert {name: getattr(made, name) for name in asked} == asked
+    assert made.extra_flags == ("--lr", "0")
+
+
+def test_what_is_not_asked_for_is_as_the_rehearsal_has_it(
+    rehearsal: Rehearsal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(module, "present", lambda rehearsal, **how: found.append(rehearsal) or 0)
+    assert CliRunner().invoke(rehearse, ["--folder", str(rehearsal.folder)]).exit_code == 0
+    paths = {"slime": rehearsal.slime, "megatron": rehearsal.megatron}
+    assert replace(found[0], **paths) == Rehearsal(folder=rehearsal.folder, **paths)
+
+
 def test_the_environment_is_this_runs_alone(
     rehearsal: Rehearsal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +394,7 @@ def test_the_environment_is_this_runs_alone(
     ours = {name: value for name, value in environment.items() if name.startswith("MILES_PLUGINS")}
     assert ours == {"MILES_PLUGINS_RUN": "abc", "MILES_PLUGINS_RUN_DIR": str(rehearsal.folder)}
     assert environment["RAY_ADDRESS"] == "127.0.0.1:1234"
+    assert environment["TORCHDYNAMO_DISABLE"] == "1"
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(rehearsal.megatron), str(rehearsal.slime), "/mine"]
 
 
@@ -366,17 +420,45 @@ def test_complete_requirements_pass(rehearsal: Rehearsal, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("expert", "tensor", "data", "fits"), [(1, 1, 1, True), (2, 2, 1, True), (2, 1, 1, False), (3, 1, 3, False)]
+    "shape",
+    [
+        {},
+        {"expert_parallel": 2, "tensor_parallel": 2},
+        {"expert_parallel": 4, "data_parallel": 4, "experts": 4},
+        {"pipeline_parallel": 2},
+        {"pipeline_parallel": 3, "layers": 3},
+        {"pipeline_parallel": 2, "tensor_parallel": 2, "expert_parallel": 2},
+        {"pipeline_parallel": 2, "layers": 3, "extra_flags": ("--decoder-first-pipeline-num-layers", "1")},
+        {"pipeline_parallel": 2, "layers": 3, "extra_flags": ("--decoder-last-pipeline-num-layers=1",)},
+        {"pipeline_parallel": 2, "layers": 3, "extra_flags": ("--pipeline-model-parallel-layout", "Et|ttL")},
+        {"topk": 8},
+        {"dense_layers": 1},
+    ],
 )
-def test_impossible_expert_parallelism_is_refused(
-    rehearsal: Rehearsal, expert: int, tensor: int, data: int, fits: bool
-) -> None:
-    asked = replace(rehearsal, expert_parallel=expert, tensor_parallel=tensor, data_parallel=data)
-    if fits:
-        module.check_parallelism(asked)
-    else:
-        with pytest.raises(ArgumentError, match=f"--expert-parallel {expert}"):
-            module.check_parallelism(asked)
+def test_possible_shapes_pass(rehearsal: Rehearsal, shape: dict[str, Any]) -> None:
+    module.check_shape(replace(rehearsal, **shape))
+
+
+RANKS = "{} (--tensor-parallel x --data-parallel)"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message", "fact"),
+    [
+        ({"expert_parallel": 2}, "--expert-parallel 2", ("trainer ranks", RANKS.format(1))),
+        ({"expert_parallel": 3, "data_parallel": 3}, "--expert-parallel 3", ("experts", 8)),
+        # A pipeline stage has all the experts of its layers, so its own ranks must share them.
+        ({"expert_parallel": 2, "pipeline_parallel": 2}, "--expert-parallel 2", ("trainer ranks", RANKS.format(1))),
+        ({"pipeline_parallel": 2, "layers": 3}, "--pipeline-parallel 2", ("layers", 3)),
+        ({"pipeline_parallel": 4, "layers": 2, "extra_flags": ("--lr", "0")}, "--pipeline-parallel 4", ("layers", 2)),
+        ({"topk": 9}, "--topk 9", ("experts", 8)),
+        ({"dense_layers": 2}, "--dense-layers 2", ("layers", 2)),
+    ],
+)
+def test_impossible_shapes_are_refused(rehearsal: Rehearsal, shape: dict[str, Any], message: str, fact: object) -> None:
+    with pytest.raises(ArgumentError, match=message) as error:
+        module.check_shape(replace(rehearsal, **shape))
+    assert fact in error.value.facts.items()
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path) -> None:

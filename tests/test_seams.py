@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miles_plugins import hookimpl, hookspecs
-from miles_plugins.errors import PluginError
+from miles_plugins import Packing, Rank, Schedule, hookimpl, hookspecs
+from miles_plugins.errors import PluginError, UpstreamError
 from miles_plugins.manager import Installed, Plugin, Plugins
 from miles_plugins.microbatch import Microbatch, current_microbatch, set_current
 from miles_plugins.patches import seam as seam_module
 from miles_plugins.patches.seam import Seam, all_seams, needed_seams, patch_set
 from miles_plugins.patches.sglang import requests
-from miles_plugins.patches.slime import metrics, training
+from miles_plugins.patches.slime import metrics, responses, rollout_manager, shared_data, training
 from miles_plugins.patching import Patch, check_statically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +35,7 @@ OF_THE_LAYER = {
     "configure",
     "process_environment",
     "rollout_ready",
+    "receive_samples",
     "collect_train_data",
     "probe",
 }
@@ -134,7 +135,8 @@ def test_every_hook_is_connected():
 def calls_of_hooks() -> Iterator[tuple[str, str, set[str]]]:
     """Every call of a hook in the layer: file, hook, argument names.
 
-    Written `….hook.name(argument=…)`, `ask_each("name", argument=…)` or `chain("name", "argument", …, argument=…)`.
+    Written `….hook.name(argument=…)`, `ask_each("name", argument=…)` or `chain("name", "argument", …, argument=…)`; in
+    the embedded host also `…._hook.name(argument=…)`.
     """
     for folder in ("patches", "entrypoints", "miles_plugins"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -143,12 +145,13 @@ def calls_of_hooks() -> Iterator[tuple[str, str, set[str]]]:
                     continue
                 owner = ast.unparse(node.func.value)
                 keywords = {keyword.arg or "**" for keyword in node.keywords}
-                if owner == "hook" or owner.endswith(".hook"):
-                    yield f"{file.name}:{node.lineno}", node.func.attr, keywords
+                where = f"{file.relative_to(ROOT)}:{node.lineno}"
+                if owner == "hook" or owner.endswith((".hook", "._hook")):
+                    yield where, node.func.attr, keywords
                 elif node.func.attr == "ask_each" and isinstance(node.args[0], ast.Constant):
-                    yield f"{file.name}:{node.lineno}", node.args[0].value, keywords
+                    yield where, node.args[0].value, keywords
                 elif node.func.attr == "chain" and isinstance(node.args[0], ast.Constant):
-                    yield f"{file.name}:{node.lineno}", node.args[0].value, keywords | {node.args[1].value}
+                    yield where, node.args[0].value, keywords | {node.args[1].value}
 
 
 def test_every_hook_is_called_with_just_its_arguments():
@@ -157,7 +160,8 @@ def test_every_hook_is_called_with_just_its_arguments():
     for where, hook, keywords in calls_of_hooks():
         assert hook in HOOKS, where
         assert keywords == set(inspect.signature(HOOKS[hook]).parameters), where
-        called.add(hook)
+        if "/embedded/" not in where:  # the real stack is to call each of them
+            called.add(hook)
     missing = set(HOOKS) - called - {"register_arguments", "choose_device"}  # called by hand; a switch, never called
     assert missing == set()
 
@@ -205,6 +209,12 @@ def test_our_plugins_get_the_patches_they_act_through():
         "r3"
     )
     assert not any(".cpu." in each for each in ids_for("r3"))
+    of_the_routing = {
+        *("slime.response.received", "slime.shared-data.schedule", "slime.shared-data.receive"),
+        "slime.metrics.rollout",
+    }
+    assert of_the_routing <= ids_for("r3")
+    assert not of_the_routing & (ids_for("metrics") | ids_for("cpu"))
     assert "torch.cpu.cuda.set-device" in ids_for("cpu")
     assert "megatron.router.select-experts" not in ids_for("cpu")
 
@@ -261,7 +271,7 @@ def active(monkeypatch):
 
     def make(**implementations) -> None:
         chosen = plugins(**implementations)
-        for module in (training, metrics, requests):
+        for module in (training, metrics, requests, responses, rollout_manager, shared_data):
             monkeypatch.setattr(module, "current", lambda: SimpleNamespace(hook=chosen.hook, plugins=chosen))
 
     yield make
@@ -298,13 +308,13 @@ def get_log_probs():
     ],
 )
 def test_a_forward_pass_is_told_by_its_stage(passes, function, prefix, stage):
-    def original(f, args, model, *rest, store_prefix="", **kwargs):
-        passes.append(("runs", f, args, model, rest, store_prefix, kwargs))
+    def original(f, args, model, data_iterator, *rest, store_prefix="", **kwargs):
+        passes.append(("runs", f, args, model, data_iterator, rest, store_prefix, kwargs))
         return "result"
 
-    result = training.forward_only(original, function, "args", ["m"], "iterator", 3, store_prefix=prefix, more=1)
+    result = training.forward_only(original, function, "args", ["m"], ["iterator"], 3, store_prefix=prefix, more=1)
     assert result == "result"
-    runs = ("runs", function, "args", ["m"], ("iterator", 3), prefix, {"more": 1})
+    runs = ("runs", function, "args", ["m"], ["iterator"], (3,), prefix, {"more": 1})
     assert passes == [("begins", stage), runs, ("ends", stage, None)]
 
 
@@ -313,7 +323,7 @@ def test_a_training_step_is_a_pass_and_its_metrics_are_extended(passes):
         passes.append("runs")
         return {"loss": 0.5}, 2.0
 
-    loss, grad_norm = training.train_one_step(original, "args", 1, 2, "iterator", ["m"], "optimizer")
+    loss, grad_norm = training.train_one_step(original, "args", 1, 2, ["iterator"], ["m"], "optimizer")
     assert (loss, grad_norm) == ({"loss": 0.5, "a/b": 1.0}, 2.0)
     assert passes == [("begins", "train"), "runs", ("ends", "train", None)]
 
@@ -325,15 +335,15 @@ def test_a_pass_that_raises_ends_all_the_same(passes, error):
         raise error
 
     with pytest.raises(type(error)):
-        training.train_one_step(original, "args", 1, 2, "iterator", ["m"])
+        training.train_one_step(original, "args", 1, 2, ["iterator"], ["m"])
     assert passes == [("begins", "train"), ("ends", "train", error)]
     assert current_microbatch() is None
-    assert training._args.get() is None
+    assert training._pass_now.get() is None
 
 
 def test_after_a_pass_there_is_no_microbatch(passes):
     training.forward_only(
-        lambda *args, **kwargs: set_current(Microbatch({}, None)), get_log_probs, "args", ["m"], store_prefix=""
+        lambda *args, **kwargs: set_current(Microbatch({}, None)), get_log_probs, "args", ["m"], [], store_prefix=""
     )
     assert current_microbatch() is None
 
@@ -365,6 +375,31 @@ def test_a_request_is_changed_before_sglang_sees_it(active):
         ["server args"],
         ("raw",),
     )
+
+
+@pytest.mark.parametrize("meta_info", [{"id": 1, "routed_experts": "…"}, {}], ids=["a response", "a tool's tokens"])
+def test_a_response_is_shown_before_slime_takes_it_over(active, meta_info):
+    told, asked = [], dict(meta_info)
+
+    def receive_response(args, sample, meta_info):
+        told.append((args, sample, dict(meta_info)))
+        meta_info.pop("routed_experts")
+
+    active(receive_response=receive_response)
+    result = responses.apply_meta_info(
+        lambda *args, **kwargs: (args, kwargs), "sample", "args", asked, new_token_count=2
+    )
+    assert told == ([("args", "sample", meta_info)] if meta_info else [])
+    assert "routed_experts" not in asked
+    assert result == (("sample", "args", asked), {"new_token_count": 2})
+
+
+def test_plugins_add_to_the_metrics_of_a_rollout(active):
+    shown = []
+    active(rollout_metrics=lambda args, samples: shown.append((args, samples)) or {"mine/a": 2.0})
+    found = metrics.compute_metrics_from_samples(lambda args, samples: {"theirs": 1.0}, "args", ["sample"])
+    assert found == {"theirs": 1.0, "mine/a": 2.0}
+    assert shown == [("args", ["sample"])]
 
 
 def test_metrics_are_shown_as_they_are_logged(active):
@@ -423,9 +458,13 @@ def slime_batch(layout, samples, multiplier: int, allgather: bool):
     return {"unconcat_tokens": samples, "tokens": tokens[None]}
 
 
-def arguments(multiplier: int, allgather: bool, sequence_parallel: bool = False):
+def arguments(layout, multiplier: int, allgather: bool, sequence_parallel: bool = False):
     return SimpleNamespace(
-        data_pad_size_multiplier=multiplier, allgather_cp=allgather, sequence_parallel=sequence_parallel
+        context_parallel_size=layout.cp,
+        tensor_model_parallel_size=layout.tp,
+        data_pad_size_multiplier=multiplier,
+        allgather_cp=allgather,
+        sequence_parallel=sequence_parallel,
     )
 
 
@@ -441,19 +480,17 @@ def test_positions_of_all_ranks_together_are_every_token_once(layout, lengths, c
     torch = layout.torch
     samples = list(torch.arange(1, sum(lengths) + 1).split(lengths))
     stream = torch.cat(samples)
-    args = arguments(multiplier, allgather, sequence_parallel=True)
+    layout.cp, layout.tp = cp, tp
+    args = arguments(layout, multiplier, allgather, sequence_parallel=True)
     seen = []
     for layout.cp_rank in range(cp):
-        layout.cp, layout.tp = cp, tp
         batch = slime_batch(layout, samples, multiplier, allgather)
         positions = training.token_positions(args, batch)
         assert positions.shape == batch["tokens"].shape[1:]
         real = positions >= 0
         assert torch.equal(stream[positions[real]], batch["tokens"][0][real])
         assert (batch["tokens"][0][~real] == 0).all()
-        parts = []
-        for layout.tp_rank in range(tp):
-            parts.append(training.local_tokens(args, positions))
+        parts = [Packing.of(args).local(positions, rank) for rank in range(tp)]
         assert torch.equal(torch.cat(parts), positions), "the slices of the tensor-parallel ranks make up the whole"
         assert len({len(part) for part in parts}) == 1
         seen += positions[real].tolist()
@@ -501,17 +538,11 @@ def test_positions_follow_slimes_own_layout(layout, slimes_own, lengths, cp, tp,
         patch.setattr(torch.cuda, "current_device", lambda: "cpu")
         for layout.cp_rank in range(cp):
             batch = slimes_own.get_batch(iterator, ["tokens"], multiplier, allgather)
-            positions = training.token_positions(arguments(multiplier, allgather), batch)
+            positions = training.token_positions(arguments(layout, multiplier, allgather), batch)
             tokens = batch["tokens"][0]
             assert torch.equal(torch.where(positions >= 0, positions + 1, 0), tokens)
             seen += positions[positions >= 0].tolist()
     assert sorted(seen) == list(range(sum(lengths)))
-
-
-def test_without_sequence_parallelism_every_rank_has_all_tokens(layout):
-    layout.tp, layout.tp_rank = 2, 1
-    positions = layout.torch.arange(4)
-    assert training.local_tokens(arguments(1, False), positions) is positions
 
 
 @pytest.mark.parametrize("change", ["order", "shift", "length"])
@@ -525,11 +556,28 @@ def test_a_layout_that_is_not_ours_is_refused(layout, change):
     else:
         batch["tokens"] = (tokens.flip(0) if change == "order" else tokens.roll(1))[None]
     with pytest.raises(PluginError, match="lays out a microbatch in a way"):
-        training.token_positions(arguments(4, False), batch)
+        training.token_positions(arguments(layout, 4, False), batch)
 
 
-def test_a_microbatch_begins_with_the_fields_that_plugins_want(layout, active):
-    layout.cp, layout.cp_rank, layout.tp, layout.tp_rank = 1, 0, 1, 0
+@pytest.mark.parametrize("cut", ["contiguous", "the other rank's"])
+def test_a_cut_that_is_not_ours_is_refused_also_where_tokens_repeat(layout, monkeypatch, cut):
+    """A sample that repeats one token hides any order of its tokens; where slime cuts positions shows it."""
+    torch = layout.torch
+    layout.cp, layout.cp_rank, layout.tp = 2, 0, 1
+    samples = [torch.full((8,), 5)]
+    args = arguments(layout, 1, False)
+    batch = slime_batch(layout, samples, 1, False)
+    assert training.token_positions(args, batch).tolist() == [0, 1, 6, 7]
+    other = {"contiguous": slice(0, 4), "the other rank's": slice(2, 6)}[cut]
+    utils = sys.modules["slime.backends.megatron_utils.cp_utils"]
+    monkeypatch.setattr(utils, "slice_with_cp", lambda tokens, pad: tokens[other])
+    with pytest.raises(PluginError, match="lays out a microbatch in a way"):
+        training.token_positions(args, batch)
+
+
+def begun_microbatches(layout, active, iterators, drawn, tp_rank: int = 0, **changed):
+    """What `microbatch_begins` is told in a pass of these iterators, of which `drawn` is drawn from."""
+    layout.cp, layout.cp_rank, layout.tp, layout.tp_rank = 1, 0, changed.pop("tp", 1), tp_rank
     samples = [layout.torch.arange(1, 5)]
     asked, begun = [], []
 
@@ -541,15 +589,214 @@ def test_a_microbatch_begins_with_the_fields_that_plugins_want(layout, active):
         microbatch_keys=lambda args: ["tokens", "rollout_routed_experts"],
         microbatch_begins=lambda args, microbatch: begun.append((args, microbatch, current_microbatch())),
     )
-    args = arguments(1, False)
-    token = training._args.set(args)
+    args = arguments(layout, 1, False, **changed)
+    token = training._pass_now.set((args, iterators))
     try:
-        batch = training.get_batch(original, "iterator", ["tokens", "rewards"], 4)
+        batch = training.get_batch(original, drawn, ["tokens", "rewards"], 4)
     finally:
-        training._args.reset(token)
+        training._pass_now.reset(token)
     assert asked == [(["tokens", "rewards", "rollout_routed_experts"], (4,))]
     ((told_args, microbatch, current),) = begun
     assert told_args is args
     assert microbatch is current
     assert microbatch.batch is batch
+    return microbatch
+
+
+def test_a_microbatch_begins_with_the_fields_that_plugins_want(layout, active):
+    microbatch = begun_microbatches(layout, active, ["iterator"], "iterator")
     assert microbatch.positions.tolist() == [0, 1, 2, 3]
+    assert microbatch.chunk == 0
+
+
+def test_a_microbatch_has_the_tokens_of_its_tensor_parallel_rank(layout, active):
+    for tp_rank, expected in enumerate([[0, 1], [2, 3]]):
+        told = begun_microbatches(layout, active, ["i"], "i", tp_rank=tp_rank, tp=2, sequence_parallel=True)
+        assert told.positions.tolist() == expected
+
+
+def test_a_microbatch_says_which_virtual_stage_it_passes(layout, active):
+    """By the identity of the iterator: those of two stages may well be equal."""
+    iterators = [[1], [1], [1]]
+    for chunk, iterator in enumerate(iterators):
+        assert begun_microbatches(layout, active, iterators, iterator).chunk == chunk
+    with pytest.raises(UpstreamError, match="none of its pass"):
+        begun_microbatches(layout, active, iterators, [1])
+
+
+def test_outside_of_a_pass_a_batch_is_only_looked_at(active):
+    active(microbatch_begins=lambda: pytest.fail("no pass runs"), microbatch_keys=lambda: ["more"])
+    assert training.get_batch(lambda *args: args, "iterator", ["tokens"], 4) == ("iterator", ["tokens"], 4)
+
+
+# -- what the rollout manager shares with the trainers ---------------------------------------------------------------
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """An object store of our own: a reference is worth nothing by itself, and every fetch is noted."""
+    store, fetched = [], []
+
+    class Reference:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+    def put(value):
+        assert not isinstance(value, Reference)
+        store.append(value)
+        return Reference(len(store) - 1)
+
+    def get(references):
+        if isinstance(references, list):
+            return [get(each) for each in references]
+        fetched.append(references.number)
+        return store[references.number]
+
+    fake = SimpleNamespace(put=put, get=get, store=store, fetched=fetched)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    return fake
+
+
+# Two ranks, of five samples of which the last is left out; the microbatches of a rank count its own samples.
+PARTITIONS, MICROBATCHES, LENGTHS = [[2, 0], [3, 1]], [[[0, 1]], [[0], [1]]], [7, 5, 6, 4, 9]
+
+
+def slimes_split(boxes=("box 0", "box 1")):
+    """slime's method as far as it matters here: it schedules, and makes a box for each rank."""
+
+    def split():
+        def build(args, config, lengths, *, global_batch_size, rollout_indices):
+            return PARTITIONS, MICROBATCHES, [1], [global_batch_size]
+
+        known = {"global_batch_size": 4, "rollout_indices": [0, 1, 2, 3, 4]}
+        result = shared_data.build_dp_schedule(build, "args", {}, LENGTHS, **known)
+        assert result == (PARTITIONS, MICROBATCHES, [1], [4])
+        return [SimpleNamespace(inner=box) for box in boxes]
+
+    return split
+
+
+def test_the_schedule_names_samples_as_the_training_data_does(active, ray):
+    told = []
+    active(share_train_data=lambda args, schedule: told.append((args, schedule)) or [{}, {}])
+    shared_data.split_train_data(slimes_split(), "args")
+    assert told == [("args", Schedule(LENGTHS, [[[2, 0]], [[3], [1]]]))]
+    assert shared_data._scheduled.get() is None, "of this rollout only"
+
+
+def test_a_rank_fetches_by_name_what_was_shared_with_it_and_nothing_else(layout, active, ray):
+    layout.cp_rank, layout.tp_rank = 1, 0
+    received = []
+    active(
+        share_train_data=lambda schedule: [
+            {"mine": ["of 0"], "large": "0" * 99},
+            {"mine": ["of 1"], "large": "1" * 99},
+        ],
+        receive_train_data=lambda args, rollout_data, rank, fetch: received.append(
+            (args, rollout_data, rank, fetch(["mine"]))
+        ),
+    )
+    boxes = shared_data.split_train_data(slimes_split(), "args")
+    assert [box.inner for box in boxes] == ["box 0", "box 1"]
+    for data in (0, 1):
+        ray.fetched.clear()
+        result = shared_data.process_rollout_data(
+            lambda args, boxes, rank, size: {"rank": rank, "size": size}, "args", boxes, data, 2
+        )
+        assert result == {"rank": data, "size": 2}
+        assert received.pop() == ("args", result, Rank(data, 1, 0), [[f"of {data}"]])
+        assert [ray.store[number] for number in ray.fetched if isinstance(ray.store[number], str)] == []
+
+
+def test_what_several_plugins_share_is_one_box(layout, ray, monkeypatch):
+    modules = []
+    for name in ("a", "b"):
+        module = ModuleType(name)
+        share = hookimpl(lambda name=name: [{f"of {name}": name}, {f"of {name}": name.upper()}])
+        vars(module).update({"__file__": "", "share_train_data": share})
+        modules.append(Plugin(Installed(name, "some-plugins", "1.0", None), module))
+    both = Plugins(modules)
+    monkeypatch.setattr(shared_data, "current", lambda: SimpleNamespace(hook=both.hook, plugins=both))
+    boxes = shared_data.split_train_data(slimes_split(), "args")
+    fetched = [shared_data._fetcher(box.shared)(["of b", "of a"]) for box in boxes]
+    assert fetched == [["b", "a"], ["B", "A"]]
+
+
+def test_a_name_that_was_not_shared_is_refused(active, ray):
+    active(share_train_data=lambda: [{"routing for rank 0": 1}, {}])
+    boxes = shared_data.split_train_data(slimes_split(), "args")
+    with pytest.raises(PluginError, match="was not shared with it") as caught:
+        shared_data._fetcher(boxes[0].shared)(["routing for rank 0", "routing for rank 7"])
+    assert caught.value.facts == {"asked for": "routing for rank 7", "shared": "routing for rank 0"}
+    with pytest.raises(PluginError, match="was not shared with it") as caught:
+        shared_data._fetcher(boxes[1].shared)(["routing for rank 0"])
+    assert caught.value.facts["shared"] == "nothing"
+
+
+def test_a_plugin_that_shares_with_another_number_of_ranks_is_an_error(active, ray):
+    active(share_train_data=lambda: [{"a": 1}])
+    with pytest.raises(ValueError, match="zip"):
+        shared_data.split_train_data(slimes_split(), "args")
+
+
+def test_a_split_without_a_schedule_is_refused(active, ray):
+    """A slime that schedules elsewhere: nothing may be cut by the schedule of the rollout before."""
+    active(share_train_data=lambda: [{}, {}])
+    shared_data.split_train_data(slimes_split(), "args")
+    before = shared_data._scheduled.set(Schedule([1], [[[0]]]))  # somebody looked at what would be scheduled
+    try:
+        with pytest.raises(PluginError, match="without the schedule"):
+            shared_data.split_train_data(lambda: [SimpleNamespace(inner="box")] * 2, "args")
+    finally:
+        shared_data._scheduled.reset(before)
+    assert shared_data._scheduled.get() is None
+
+
+class SlimesManager:
+    """What our subclass of slime's RolloutManager calls of it."""
+
+    args = "args"
+
+    def _convert_samples_to_train_data(self, samples):
+        return {"tokens": [list(sample.tokens) for sample in samples if not sample.remove_sample]}
+
+    def _split_train_data_by_dp(self, data):
+        return slimes_split()()
+
+
+@pytest.fixture
+def manager():
+    made = rollout_manager._subclass(SlimesManager)
+    return object.__new__(made)
+
+
+def test_samples_are_received_before_they_are_converted_and_collected_after(active, manager):
+    told = []
+
+    def receive_samples(args, samples):
+        told.append(("received", args, list(samples)))
+        samples[1].remove_sample = True
+
+    def collect_train_data(args, samples, train_data):
+        told.append(("collected", args, list(samples), dict(train_data)))
+        train_data["more"] = 1
+
+    active(receive_samples=receive_samples, collect_train_data=collect_train_data)
+    samples = [SimpleNamespace(tokens=[number], remove_sample=False) for number in range(3)]
+    assert manager._convert_samples_to_train_data(samples) == {"tokens": [[0], [2]], "more": 1}
+    assert told == [("received", "args", samples), ("collected", "args", samples, {"tokens": [[0], [2]]})]
+
+
+def test_nothing_is_shared_where_no_plugin_shares_or_receives(active, manager, ray):
+    active(collect_train_data=lambda: None)
+    assert [type(box) for box in manager._split_train_data_by_dp({})] == [SimpleNamespace] * 2
+    assert ray.store == []
+
+
+@pytest.mark.parametrize("hook", ["share_train_data", "receive_train_data"])
+def test_boxes_carry_what_is_shared_where_one_plugin_shares_or_receives(active, manager, ray, hook):
+    """Both patches of the seam are there for either hook; the trainer's expects the manager's boxes."""
+    active(**{hook: lambda: [{"a": 1}, {"b": 2}]})
+    boxes = manager._split_train_data_by_dp({})
+    assert [box.inner for box in boxes] == ["box 0", "box 1"]
+    assert [list(ray.get(box.shared)) for box in boxes] == ([["a"], ["b"]] if hook == "share_train_data" else [[], []])

@@ -20,11 +20,21 @@ from safetensors.torch import load_file
 
 from miles_plugins.cpu_rehearsal.tiny_model import write_tiny_model
 
+DENSE = {"layers": 3, "dense_layers": 1, "experts": 16, "topk": 4}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a dense first layer."""
+    folder = tmp_path_factory.mktemp("dense")
+    write_tiny_model(folder, **DENSE)
     return folder
 
 
@@ -55,22 +65,59 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
     assert different == {"model.safetensors"}
 
 
-def test_it_is_small_and_random(folder: Path) -> None:
+def test_a_dense_layer_is_as_deterministic(dense_folder: Path, tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, **DENSE)
+    assert contents(tmp_path) == contents(dense_folder)
+
+
+@pytest.mark.parametrize(
+    ("made", "router_bias", "size"),
+    [("folder", [], 165_312), ("dense_folder", ["float32"] * 2, 326_304)],
+)
+def test_it_is_small_and_random(request: pytest.FixtureRequest, made: str, router_bias: list[str], size: int) -> None:
     import torch
 
-    tensors = load_file(folder / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert 150_000 < sum(tensor.numel() for tensor in tensors.values()) < 200_000
+    tensors = load_file(request.getfixturevalue(made) / "model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == size
+    biases = [tensor for name, tensor in tensors.items() if "bias" in name]
+    assert [str(tensor.dtype).removeprefix("torch.") for tensor in biases] == router_bias
+    assert {tensor.dtype for name, tensor in tensors.items() if "bias" not in name} == {torch.bfloat16}
     for name, tensor in tensors.items():
         if "norm" in name:
             assert torch.equal(tensor, torch.ones_like(tensor))
         else:
-            assert tensor.float().std() == pytest.approx(0.02, rel=0.2), name
+            assert tensor.float().std() == pytest.approx(0.02, rel=0.5 if tensor.dim() == 1 else 0.2), name
 
 
+def test_dense_layers_come_first_and_have_no_experts(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path, layers=5, dense_layers=2, experts=4)
+    tensors = load_file(tmp_path / "model.safetensors")
+    sizes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for layer in range(5):
+        mlp = {name.split(".mlp.")[1] for name in tensors if name.startswith(f"model.layers.{layer}.mlp.")}
+        if layer < 2:
+            assert mlp == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+            assert sizes[f"model.layers.{layer}.mlp.up_proj.weight"] == [128, 64]
+        else:
+            assert {"gate.weight", "gate.e_score_correction_bias", "shared_experts.up_proj.weight"} < mlp
+            assert {name.split(".")[1] for name in mlp if name.startswith("experts.")} == {"0", "1", "2", "3"}
+    assert options(model.flags)["--moe-layer-freq"] == "[0]*2+[1]*3"
+    config = json.loads((tmp_path / "config.json").read_text())
+    # SGLang's Qwen3-MoE builds experts in every layer, also in those of `mlp_only_layers`.
+    assert (config["model_type"], config["first_k_dense_replace"]) == ("glm4_moe", 2)
+
+
+def test_without_dense_layers_it_is_qwen3_moe(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["mlp_only_layers"]) == ("qwen3_moe", [])
+    assert "first_k_dense_replace" not in config
+
+
+@pytest.mark.parametrize("dense_layers", [0, 1])
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_the_flags_are_the_config(tmp_path: Path, tensor_parallel: int) -> None:
-    model = write_tiny_model(tmp_path, layers=3, hidden_size=32, experts=4, topk=3, tensor_parallel=tensor_parallel)
+def test_the_flags_are_the_config(tmp_path: Path, tensor_parallel: int, dense_layers: int) -> None:
+    shape = {"layers": 3, "hidden_size": 32, "experts": 4, "topk": 3, "tensor_parallel": tensor_parallel}
+    model = write_tiny_model(tmp_path, dense_layers=dense_layers, **shape)
     config = json.loads((tmp_path / "config.json").read_text())
     given = options(model.flags)
     for flag, name in {
@@ -81,14 +128,19 @@ def test_the_flags_are_the_config(tmp_path: Path, tensor_parallel: int) -> None:
         "--num-attention-heads": "num_attention_heads",
         "--num-query-groups": "num_key_value_heads",
         "--kv-channels": "head_dim",
-        "--num-experts": "num_experts",
+        "--num-experts": "n_routed_experts" if dense_layers else "num_experts",
         "--moe-router-topk": "num_experts_per_tok",
         "--vocab-size": "vocab_size",
         "--norm-epsilon": "rms_norm_eps",
         "--rotary-base": "rope_theta",
     }.items():
         assert float(given[flag]) == config[name], flag
-    assert given["--moe-layer-freq"] == "[1]*3"
+    assert given["--moe-layer-freq"] == ("[0]*1+[1]*2" if dense_layers else "[1]*3")
+    assert given["--moe-router-score-function"] == ("sigmoid" if dense_layers else "softmax")
+    assert ("--moe-router-enable-expert-bias" in model.flags) is bool(dense_layers)
+    if dense_layers:
+        shared = config["n_shared_experts"] * config["moe_intermediate_size"]
+        assert given["--moe-shared-expert-intermediate-size"] == str(shared)
     assert config["vocab_size"] == model.vocabulary
     assert model.vocabulary % (128 * tensor_parallel) == 0  # Megatron-LM's padding would join the softmax
     assert config["norm_topk_prob"]
@@ -139,7 +191,8 @@ def test_the_tokenizer_fills_a_larger_vocabulary(tmp_path: Path) -> None:
     assert all(len(token) == 1 and token.isprintable() and not token.isdigit() for token in fillers)
 
 
-def test_transformers_loads_every_weight(folder: Path) -> None:
+@pytest.mark.parametrize(("made", "parameters"), [("folder", 165_312), ("dense_folder", 326_304)])
+def test_transformers_loads_every_weight(request: pytest.FixtureRequest, made: str, parameters: int) -> None:
     code = """
 import json, sys, torch
 operators = torch.library.Library("torchvision", "DEF")  # a CUDA build of torchvision breaks transformers on a CPU
@@ -153,13 +206,14 @@ model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_i
 logits = model(torch.arange(100, 128)[None]).logits
 print(json.dumps({
     "problems": sum(map(len, info.values())),
-    "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    "parameters": sum(map(torch.numel, dict(model.named_parameters()).values()))
+    + sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")),
     "shape": list(logits.shape),
     "finite": bool(logits.isfinite().all()),
 }))
 """
-    answer = in_fresh_process(code, folder)
-    assert answer == {"problems": 0, "parameters": 165_312, "shape": [1, 28, 128], "finite": True}
+    answer = in_fresh_process(code, request.getfixturevalue(made))
+    assert answer == {"problems": 0, "parameters": parameters, "shape": [1, 28, 128], "finite": True}
 
 
 @pytest.mark.parametrize(
@@ -170,6 +224,8 @@ print(json.dumps({
         {"topk": 1},
         {"topk": 9},
         {"layers": 0},
+        {"dense_layers": 2},
+        {"dense_layers": -1},
         {"hidden_size": 63},
     ],
 )

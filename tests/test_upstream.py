@@ -30,16 +30,23 @@ def rehearse(
     )
 
 
-def passed(result: subprocess.CompletedProcess[str], folder: Path) -> dict[str, Any]:
+def passed(result: subprocess.CompletedProcess[str], folder: Path, rollouts: int = 3) -> dict[str, Any]:
     log = folder / "slime.log"
     assert result.returncode == 0, result.stderr + (log.read_text()[-4000:] if log.exists() else "")
     answer: dict[str, Any] = json.loads(result.stdout)
     assert answer["passed"]
-    assert len(answer["rollouts"]) == 3
+    assert len(answer["rollouts"]) == rollouts
     for row in answer["rollouts"]:
         assert row["grad_norm"] > 0
         assert row["logprob_difference"] < 0.01, "the engine does not run the weights that were trained"
     return answer
+
+
+def replayed_everywhere(answer: dict[str, Any]) -> None:
+    """Every choice, and each by its own router: the engine begins with the trainer's weights, so both choose alike."""
+    rows = answer["rollouts"]
+    assert [row["replay_coverage"] for row in rows] == [1.0] * len(rows)
+    assert rows[0]["routing_difference"] < 0.1, "the routers were given other routers' choices"
 
 
 HOOK_LOG = """
@@ -108,7 +115,7 @@ def test_routing_is_replayed_and_the_embedded_host_calls_the_hooks_as_slime_does
         assert in_order(every, names) == in_order(of_slime, names)
     assert set(every) == set(trainer) | set(manager)
 
-    assert [row["replay_coverage"] for row in answer["rollouts"]] == [1.0, 1.0, 1.0]
+    replayed_everywhere(answer)
     roles = {process["role"] for process in answer["processes"]}
     assert roles == {
         "driver",
@@ -121,14 +128,32 @@ def test_routing_is_replayed_and_the_embedded_host_calls_the_hooks_as_slime_does
     }
 
 
+DENSE_FIRST_LAYER = "--layers 4 --dense-layers 1 --experts 16 --topk 4".split()
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+VIRTUAL_STAGES = ["--num-layers-per-virtual-pipeline-stage", "1"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "flags", "engines", "logged"),
+    [
+        ("--tensor-parallel 2 --expert-parallel 2 --engines 2", [], 2, "(tensor, pipeline) model parallel rank (1, 0)"),
+        ("--pipeline-parallel 2", [], 1, "(tensor, pipeline) model parallel rank (0, 1)"),
+        ("--pipeline-parallel 2", VIRTUAL_STAGES, 1, "Number of virtual stages per pipeline stage: 2"),
+    ],
+    ids=["tensor-and-expert", "pipeline", "virtual-pipeline"],
+)
 @pytest.mark.usefixtures("upstream_path")
-def test_routing_is_replayed_under_tensor_and_expert_parallelism(slime: Path, megatron: Path, tmp_path: Path) -> None:
-    options = ["--plugins", "r3", "--tensor-parallel", "2", "--expert-parallel", "2", "--engines", "2"]
-    recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
-    answer = passed(rehearse(slime, megatron, tmp_path / "run", *options, "--", *recompute), tmp_path / "run")
-    assert [row["replay_coverage"] for row in answer["rollouts"]] == [1.0, 1.0, 1.0]
+def test_routing_is_replayed_behind_a_dense_layer_on_two_ranks_that_recompute(
+    slime: Path, megatron: Path, tmp_path: Path, layout: str, flags: list[str], engines: int, logged: str
+) -> None:
+    options = ["--plugins", "r3", "--rollouts", "2", *DENSE_FIRST_LAYER, *layout.split()]
+    folder = tmp_path / "run"
+    answer = passed(rehearse(slime, megatron, folder, *options, "--", *RECOMPUTE, *flags), folder, rollouts=2)
+    replayed_everywhere(answer)
     assert sum(process["role"] == "trainer" for process in answer["processes"]) == 2
-    assert sum(process["role"] == "sglang_scheduler" for process in answer["processes"]) == 2
+    assert sum(process["role"] == "sglang_scheduler" for process in answer["processes"]) == engines
+    # Otherwise two ranks of data parallelism would pass too.
+    assert logged in (folder / "slime.log").read_text()
 
 
 def third_party(folder: Path, name: str, code: str) -> Path:

@@ -1,4 +1,8 @@
-"""A random Qwen3-MoE checkpoint, small enough to train on two CPU cores, in Hugging Face format."""
+"""A random mixture-of-experts checkpoint, small enough to train on two CPU cores, in Hugging Face format.
+
+Qwen3-MoE; with dense layers GLM-4.5, because SGLang's Qwen3-MoE builds experts in every layer, whatever
+`mlp_only_layers` says, and then runs the ones that the checkpoint lacks with uninitialised weights.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ FIRST_FILLER = 0xC0  # from here on: hundreds of printable letters without a bre
 HEAD_SIZE = 32
 HEADS = 4
 QUERY_GROUPS = 2
+ROUTER_BIAS = "e_score_correction_bias"  # float32, like its name GLM-4.5's
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -40,14 +45,19 @@ def write_tiny_model(
     *,
     seed: int = 0,
     layers: int = 2,
+    dense_layers: int = 0,
     hidden_size: int = 64,
     experts: int = 8,
     topk: int = 2,
     tensor_parallel: int = 1,
+    initializer_range: float = 0.02,
 ) -> TinyModel:
     """Write config.json, model.safetensors (bfloat16) and a character tokenizer into `folder`.
 
     The same arguments give the same bytes. Nothing is downloaded. With the defaults: 165 k parameters, 128 tokens.
+    `dense_layers`: so many of the `layers`, the first, have an ordinary MLP instead of experts; the others then have a
+    shared expert too, and a router with sigmoid scores and a bias, as GLM-4.5 does. `initializer_range`: standard
+    deviation of the matrices.
 
     Raises ValueError for a shape that Megatron-LM cannot train or split.
     """
@@ -59,12 +69,17 @@ def write_tiny_model(
         raise ValueError(f"topk={topk}: must be between 2 (a router with one choice learns nothing) and {experts=}")
     if layers < 1 or hidden_size < 2 or hidden_size % 2:
         raise ValueError(f"{layers=} must be positive and {hidden_size=} positive and even")
+    if not 0 <= dense_layers < layers:
+        raise ValueError(f"{dense_layers=}: must leave at least one of the {layers=} with experts")
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Megatron-LM pads the vocabulary to a multiple of 128 x TP, and its padding would join the softmax.
     vocabulary = 128 * tensor_parallel
     config = _config(vocabulary, layers, hidden_size, experts, topk)
+    if dense_layers:
+        config = _with_dense_layers(config, dense_layers)
+    config["initializer_range"] = initializer_range
     _write_json(folder / "config.json", config)
     _write_tokenizer(folder, vocabulary, config["max_position_embeddings"])
     parameters = _write_weights(folder, config, seed)
@@ -81,7 +96,7 @@ def _config(vocabulary: int, layers: int, hidden_size: int, experts: int, topk: 
         "num_attention_heads": HEADS,
         "num_key_value_heads": QUERY_GROUPS,
         "head_dim": HEAD_SIZE,
-        "intermediate_size": 2 * hidden_size,  # only dense layers use it; slime compares it all the same
+        "intermediate_size": 2 * hidden_size,  # of the dense layers; slime compares it even without one
         "moe_intermediate_size": hidden_size // 2,
         "num_experts": experts,
         "num_experts_per_tok": topk,
@@ -105,10 +120,33 @@ def _config(vocabulary: int, layers: int, hidden_size: int, experts: int, topk: 
     }
 
 
+def _with_dense_layers(config: Mapping[str, Any], dense_layers: int) -> dict[str, Any]:
+    """The Qwen3-MoE configuration as one of GLM-4.5, whose first layers have no experts."""
+    of_qwen = ("num_experts", "decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef")
+    return {
+        **{name: value for name, value in config.items() if name not in of_qwen},
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "first_k_dense_replace": dense_layers,
+        "n_routed_experts": config["num_experts"],
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 1.0,
+    }
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    return int(config["n_routed_experts"] if "n_routed_experts" in config else config["num_experts"])
+
+
 def _flags(config: Mapping[str, Any]) -> list[str]:
-    """The shape of `config` in the words of slime/scripts/models/qwen3-30B-A3B.sh, less its GPU-only fusions."""
+    """The shape of `config` in the words of slime/scripts/models/, less the GPU-only fusions."""
+    layers, dense_layers = config["num_hidden_layers"], config.get("first_k_dense_replace", 0)
     options = {
-        "--num-layers": config["num_hidden_layers"],
+        "--num-layers": layers,
         "--hidden-size": config["hidden_size"],
         "--ffn-hidden-size": config["intermediate_size"],
         "--num-attention-heads": config["num_attention_heads"],
@@ -120,13 +158,13 @@ def _flags(config: Mapping[str, Any]) -> list[str]:
         "--position-embedding-type": "rope",
         "--rotary-percent": 1.0,
         "--rotary-base": config["rope_theta"],
-        "--num-experts": config["num_experts"],
+        "--num-experts": _experts(config),
         "--moe-ffn-hidden-size": config["moe_intermediate_size"],
-        "--moe-layer-freq": f"[1]*{config['num_hidden_layers']}",
+        "--moe-layer-freq": f"[1]*{layers}",
         "--moe-router-topk": config["num_experts_per_tok"],
         "--moe-router-score-function": "softmax",
         "--moe-router-dtype": "fp32",
-        "--moe-aux-loss-coeff": config["router_aux_loss_coef"],
+        "--moe-aux-loss-coeff": 0.0,
         "--moe-token-dispatcher-type": "alltoall",
     }
     switches = [
@@ -136,6 +174,14 @@ def _flags(config: Mapping[str, Any]) -> list[str]:
         "--disable-bias-linear",
         "--untie-embeddings-and-output-weights",
     ]
+    if dense_layers:
+        switches.append("--moe-router-enable-expert-bias")
+        options |= {
+            "--moe-layer-freq": f"[0]*{dense_layers}+[1]*{layers - dense_layers}",
+            "--moe-router-score-function": "sigmoid",
+            "--moe-router-bias-update-rate": 0,
+            "--moe-shared-expert-intermediate-size": config["moe_intermediate_size"],
+        }
     return [word for name, value in options.items() for word in (name, str(value))] + switches
 
 
@@ -147,11 +193,11 @@ def _write_weights(folder: Path, config: Mapping[str, Any], seed: int) -> int:
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in _shapes(config):
-        if len(shape) == 1:  # every vector is a norm's scale
+        if "norm" in name:
             weight = torch.ones(shape)
         else:
             weight = torch.randn(shape, generator=generator) * config["initializer_range"]
-        tensors[name] = weight.to(torch.bfloat16)
+        tensors[name] = weight if name.endswith(ROUTER_BIAS) else weight.to(torch.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(tensor.numel() for tensor in tensors.values())
 
@@ -159,6 +205,7 @@ def _write_weights(folder: Path, config: Mapping[str, Any], seed: int) -> int:
 def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Each parameter's Hugging Face name and shape, (output, input) for the matrices."""
     vocabulary, hidden, expert = config["vocab_size"], config["hidden_size"], config["moe_intermediate_size"]
+    experts, dense_layers = _experts(config), config.get("first_k_dense_replace", 0)
     query = config["num_attention_heads"] * config["head_dim"]
     key = config["num_key_value_heads"] * config["head_dim"]
 
@@ -173,13 +220,24 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{prefix}.self_attn.q_norm.weight", (config["head_dim"],)
         yield f"{prefix}.self_attn.k_norm.weight", (config["head_dim"],)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        yield f"{prefix}.mlp.gate.weight", (config["num_experts"], hidden)
-        for index in range(config["num_experts"]):
-            yield f"{prefix}.mlp.experts.{index}.gate_proj.weight", (expert, hidden)
-            yield f"{prefix}.mlp.experts.{index}.up_proj.weight", (expert, hidden)
-            yield f"{prefix}.mlp.experts.{index}.down_proj.weight", (hidden, expert)
+        if layer < dense_layers:
+            yield from _gated_mlp(f"{prefix}.mlp", hidden, config["intermediate_size"])
+            continue
+        yield f"{prefix}.mlp.gate.weight", (experts, hidden)
+        for index in range(experts):
+            yield from _gated_mlp(f"{prefix}.mlp.experts.{index}", hidden, expert)
+        if dense_layers:
+            yield f"{prefix}.mlp.gate.{ROUTER_BIAS}", (experts,)
+            yield from _gated_mlp(f"{prefix}.mlp.shared_experts", hidden, expert)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (vocabulary, hidden)
+
+
+def _gated_mlp(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """An MLP of a dense layer, or of one expert."""
+    yield f"{prefix}.gate_proj.weight", (inner, hidden)
+    yield f"{prefix}.up_proj.weight", (inner, hidden)
+    yield f"{prefix}.down_proj.weight", (hidden, inner)
 
 
 def _write_tokenizer(folder: Path, vocabulary: int, longest: int) -> None:

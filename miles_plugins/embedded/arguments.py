@@ -30,6 +30,7 @@ FIXED: dict[str, Any] = {
     "expert_tensor_parallel_size": 1,
     "sequence_parallel": False,
     "allgather_cp": False,
+    "data_pad_size_multiplier": 128,
     "qkv_format": "thd",
     "bf16": True,
     "use_critic": False,

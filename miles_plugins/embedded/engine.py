@@ -68,12 +68,25 @@ class ServerArgs:
     weight_version: str = "default"
 
 
+class Answer(dict[str, Any]):
+    """What answers a request for one prompt.
+
+    Attributes:
+        routing: [prompt + completion - 1, all layers, topk] int32 on the CPU, as it was recorded, before any plugin
+            encoded it; zeros for layers without experts. None when none was asked for.
+    """
+
+    routing: torch.Tensor | None = None
+
+
 class RolloutEngine:
     """Generates with a causal LM of `transformers`, and takes new weights for it; one call at a time.
 
     Args:
         folder: a Hugging Face checkpoint with its tokenizer.
         on_request: called with `server_args` and each request before anything is computed; may change the request.
+        encode: makes the text of `routed_experts` from [tokens, MoE layers, topk] ids, uint8 up to 256 experts and
+            int16 above; None for SGLang's own.
 
     Raises:
         ArgumentError: the folder or an argument of the server cannot be used.
@@ -85,6 +98,7 @@ class RolloutEngine:
         folder: str | Path,
         server_args: ServerArgs,
         on_request: Callable[[ServerArgs, GenerateRequest], None] = lambda *_: None,
+        encode: Callable[[torch.Tensor], str | None] = lambda _: None,
     ) -> None:
         import torch
 
@@ -93,6 +107,7 @@ class RolloutEngine:
         self.tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, server_args.dtype, server_args.device)
         self._on_request = on_request
+        self._encode = encode
         self._routers = find_routers(self.model)
         if server_args.enable_return_routed_experts and not self._routers:
             raise refusal("routing cannot be recorded: the model has no experts", folder)
@@ -104,13 +119,14 @@ class RolloutEngine:
 
     # -- generate ----------------------------------------------------------------------------------------------------
 
-    def generate(self, payload: Mapping[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
+    def generate(self, payload: Mapping[str, Any]) -> Answer | list[Answer]:
         """Answer one `/generate` request: a dict for one prompt, a list in the prompts' order for a batch.
 
         Without `sampling_seed` the random numbers are the engine's own; with it a prompt's are those of the seed,
         whatever else is in the batch. `meta_info` carries `output_token_logprobs` ([log-prob, id, None] a token) and
-        `routed_experts` (base64 of int32 [prompt + completion - 1, all layers, topk] in C order, zeros for dense
-        layers; the last token is never forwarded) where they are asked for.
+        `routed_experts` where they are asked for: what `encode` makes of them, else base64 of int32
+        [prompt + completion - 1, all layers, topk] in C order, zeros for dense layers; the last token is never
+        forwarded.
 
         Raises:
             ArgumentError: a field that is not understood, or a value out of range; nothing was computed.
@@ -177,9 +193,7 @@ class RolloutEngine:
                     "lower max_new_tokens (--rollout-max-response-len), or leave longer prompts out",
                 )
 
-    def _decode(
-        self, prompts: Sequence[list[int]], samplings: Sequence[Sampling], record: bool
-    ) -> list[dict[str, Any]]:
+    def _decode(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling], record: bool) -> list[Answer]:
         """Generate for all prompts at once: left-padded, one forward pass a step.
 
         A row that has ended stays in the batch; what it yields from there on is left out.
@@ -228,11 +242,19 @@ class RolloutEngine:
             own, probs = all_ids[row, :length].tolist(), all_log_probs[row, :length].tolist()
             answers.append(self._answer(len(prompts[row]), samplings[row], own, probs))
             if experts is not None:
-                kept = experts[row, width - len(prompts[row]) : width + length - 1].contiguous().numpy()
-                answers[-1]["meta_info"]["routed_experts"] = base64.b64encode(kept.tobytes()).decode()
+                kept = experts[row, width - len(prompts[row]) : width + length - 1].contiguous()
+                answers[-1].routing = kept
+                answers[-1]["meta_info"]["routed_experts"] = self._encoded(kept)
         return answers
 
-    def _answer(self, prompt: int, sampling: Sampling, ids: list[int], log_probs: list[float]) -> dict[str, Any]:
+    def _encoded(self, routing: torch.Tensor) -> str:
+        import torch
+
+        narrow = torch.uint8 if self.model.config.num_experts <= 256 else torch.int16
+        text = self._encode(routing[:, sorted(self._routers)].to(narrow))
+        return base64.b64encode(routing.numpy().tobytes()).decode() if text is None else text
+
+    def _answer(self, prompt: int, sampling: Sampling, ids: list[int], log_probs: list[float]) -> Answer:
         by_length = len(ids) == sampling.max_new_tokens  # comes first, as in SGLang, also where the last token ends it
         text = self.tokenizer.decode(
             ids if by_length or sampling.no_stop_trim else ids[:-1],
@@ -249,7 +271,7 @@ class RolloutEngine:
             "weight_version": self.server_args.weight_version,
             "output_token_logprobs": [[log_prob, token, None] for log_prob, token in zip(log_probs, ids, strict=True)],
         }
-        return {"text": text, "output_ids": ids, "meta_info": meta_info}
+        return Answer(text=text, output_ids=ids, meta_info=meta_info)
 
     @contextmanager
     def _recording(self, record: bool) -> Iterator[dict[int, list[torch.Tensor]]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from miles_plugins import attestation, weights
 from miles_plugins.activation import Activation
 from miles_plugins.embedded import checkpoint, random_state
-from miles_plugins.embedded.engine import RolloutEngine, ServerArgs
+from miles_plugins.embedded.engine import Answer, RolloutEngine, ServerArgs
 from miles_plugins.embedded.policy import SHAPE, build_policy, load_weights, named_batches
 from miles_plugins.embedded.recorder import Recorder
 from miles_plugins.embedded.results import ROLLOUT_OF_TRAIN_STEP, ROLLOUT_STEP, TRAIN_STEP, RolloutResult
@@ -52,6 +52,7 @@ class EmbeddedRun:
                 enable_return_routed_experts=True,  # also without r3: routing differences are measured in every run
             ),
             lambda server_args, request: self._hook.receive_engine_request(server_args=server_args, request=request),
+            lambda experts: self._hook.encode_routed_experts(experts=experts),
         )
         self._prompts.check_lengths(self._encode)
         with self.engine.serve() as url:  # plugins probe over HTTP, as they probe SGLang
@@ -115,7 +116,10 @@ class EmbeddedRun:
             begun = time.perf_counter()
             samples = self.generate(rollout)
             metrics = _rollout_metrics(self.args, rollout, samples, time.perf_counter() - begun)
+            for added in self._hook.rollout_metrics(args=self.args, samples=samples):
+                metrics |= {f"rollout/{name}": value for name, value in added.items()}
             self._log(recorder, metrics, ROLLOUT_STEP)
+            self._hook.receive_samples(args=self.args, samples=samples)
             train_data = to_train_data(self.args, samples)
             self._hook.collect_train_data(args=self.args, samples=samples, train_data=train_data)
             learnt = learnt or metrics["rollout/zero_variance_groups"] < 1
@@ -152,8 +156,8 @@ class EmbeddedRun:
             }
         )
         for sample, prompt, answer in zip(samples, prompts, answers, strict=True):
-            assert isinstance(answer, dict)
-            fill(sample, prompt, answer, args.num_layers, args.moe_router_topk)
+            assert isinstance(answer, Answer)
+            fill(args, sample, prompt, answer, self._hook)
         give_rewards(args, samples, self._reward)
         return samples
 
@@ -224,7 +228,7 @@ def _traces(samples: Sequence[Sample], train_data: Mapping[str, Any]) -> list[to
             {"expected": f"the tokens of the rollout's {len(samples)} samples, in their order"},
             "the embedded host measures routing by them; change other fields, or use slime",
         )
-    return [sample.rollout_routed_experts for sample in samples if sample.rollout_routed_experts is not None]
+    return [sample.recorded for sample in samples if sample.recorded is not None]
 
 
 def _nothing_to_learn(args: Namespace, rollouts: int, samples: Sequence[Sample]) -> ArgumentError:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins.microbatch import current_microbatch
-from miles_plugins.r3_replay.trace import lay_out, moe_layers
+from miles_plugins.r3_replay.trace import moe_layers
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ class RoutingMeter:
         """The forward pass of one microbatch is about to run; `positions`: see `Microbatch.positions`."""
         if self._entered:
             kept = [self.traces[sample][:, self._layers] for sample in self.next]
-            self._expected = lay_out(kept, positions, self._args.num_experts)
+            self._expected = _laid_out(kept, positions)
             self._tokens += int(self._expected[1].sum())
 
     def _watch(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -72,3 +72,13 @@ class RoutingMeter:
         tokens = max(self._tokens, 1)
         layers = {f"routing_different_layer_{layer}": count / tokens for layer, count in self._different.items()}
         return {"routing_different": sum(layers.values()) / len(layers) if layers else 0.0, **layers}
+
+
+def _laid_out(traces: Sequence[torch.Tensor], positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[layers, tokens, topk] ids, and [tokens] bool: whether the rollout recorded a choice for the token."""
+    import torch
+
+    blank = torch.zeros_like(traces[0][:1])
+    stream = torch.cat([part for trace in traces for part in (trace, blank)]).to(positions.device)
+    known = torch.cat([torch.arange(len(trace) + 1) < len(trace) for trace in traces]).to(positions.device)
+    return stream[positions].transpose(0, 1), known[positions] & (positions >= 0)

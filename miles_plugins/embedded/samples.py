@@ -12,7 +12,7 @@ import math
 import random
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from miles_plugins.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
+
+    from miles_plugins.embedded.engine import Answer
 
 
 class Status(enum.Enum):
@@ -37,7 +39,8 @@ class Sample:
     Attributes:
         tokens: prompt and response.
         rollout_log_probs: one a response token, of the engine.
-        rollout_routed_experts: [tokens - 1, layers, topk] int32, of the engine.
+        rollout_routed_experts: [tokens - 1, layers, topk] int32, of the engine; or what a plugin made of it.
+        recorded: the same as the engine recorded it; the host measures by it whatever a plugin does.
     """
 
     group_index: int
@@ -51,7 +54,9 @@ class Sample:
     loss_mask: list[int] | None = None
     status: Status = Status.COMPLETED
     rollout_log_probs: list[float] = field(default_factory=list)
-    rollout_routed_experts: torch.Tensor | None = None
+    rollout_routed_experts: Any = None
+    recorded: torch.Tensor | None = None
+    remove_sample: bool = False
     weight_versions: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -128,8 +133,8 @@ def _expected(input_key: str, label_key: str | None) -> str:
     return f'{{"{input_key}": "…"{label}}} as JSON'
 
 
-def fill(sample: Sample, prompt: Sequence[int], answer: Mapping[str, Any], layers: int, topk: int) -> None:
-    """Take one answer of `/generate` over into the sample."""
+def fill(args: Namespace, sample: Sample, prompt: Sequence[int], answer: Answer, hook: Any) -> None:
+    """Take one answer of `/generate` over into the sample (hook: receive_response)."""
     import torch
 
     info = answer["meta_info"]
@@ -137,10 +142,12 @@ def fill(sample: Sample, prompt: Sequence[int], answer: Mapping[str, Any], layer
     sample.rollout_log_probs = [log_prob for log_prob, _, _ in info["output_token_logprobs"]]
     sample.response, sample.response_length = answer["text"], len(sample.rollout_log_probs)
     sample.status = Status.TRUNCATED if info["finish_reason"]["type"] == "length" else Status.COMPLETED
+    sample.recorded = answer.routing
+    hook.receive_response(args=args, sample=sample, meta_info=info)
     sample.weight_versions = [info["weight_version"]]
     if "routed_experts" in info:
         ids = torch.frombuffer(bytearray(base64.b64decode(info["routed_experts"])), dtype=torch.int32)
-        sample.rollout_routed_experts = ids.reshape(-1, layers, topk)
+        sample.rollout_routed_experts = ids.reshape(-1, args.num_layers, args.moe_router_topk)
 
 
 def load_reward(path: str) -> Callable[..., Any]:
@@ -220,9 +227,15 @@ def to_train_data(args: Namespace, samples: Sequence[Sample]) -> dict[str, Any]:
         "raw_reward": raw,
         "truncated": [int(sample.status is Status.TRUNCATED) for sample in samples],
         "sample_indices": [sample.index for sample in samples],
-        "loss_masks": [sample.loss_mask or [1] * sample.response_length for sample in samples],
+        "loss_masks": [_loss_mask(sample) for sample in samples],
         "rollout_log_probs": [sample.rollout_log_probs for sample in samples],
     }
     if args.use_rollout_routing_replay:
         train_data["rollout_routed_experts"] = [sample.rollout_routed_experts for sample in samples]
     return train_data
+
+
+def _loss_mask(sample: Sample) -> list[int]:
+    if sample.remove_sample:
+        return [0] * sample.response_length
+    return sample.loss_mask or [1] * sample.response_length

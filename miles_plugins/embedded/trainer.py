@@ -11,11 +11,11 @@ from miles_plugins.embedded.loss import grpo_loss
 from miles_plugins.embedded.routing_meter import RoutingMeter
 from miles_plugins.errors import PluginError
 from miles_plugins.microbatch import announced_pass, begin_microbatch
+from miles_plugins.packing import Packing, Rank, Schedule
 
 if TYPE_CHECKING:
     import torch
 
-PAD_MULTIPLE = 128  # tokens of a packed microbatch, as slime's --data-pad-size-multiplier
 PAD_TOKEN = 0
 TRAINED_ON = (
     *("tokens", "total_lengths", "response_lengths", "loss_masks", "advantages"),
@@ -54,11 +54,30 @@ class Trainer:
         data["total_lengths"] = [len(tokens) for tokens in data["tokens"]]
         for name, dtype in (("loss_masks", torch.int), ("rollout_log_probs", torch.float32)):
             data[name] = [torch.tensor(values, dtype=dtype, device=self._device) for values in data[name]]
+        data["micro_batch_indices"] = [samples for step in self._steps(data) for samples in step]
+        self._share(data)
         if self._args.use_rollout_routing_replay:
             taken = self._hook.take_routed_experts(args=self._args, rollout_data=data)
             if not taken:
                 raise PluginError("no plugin took the routing that --use-rollout-routing-replay asks to replay")
         return data
+
+    def _steps(self, data: Mapping[str, Any]) -> list[list[range]]:
+        """For each optimizer step, `global_batch_size` samples each, the samples of its microbatches."""
+        total, size = len(data["tokens"]), self._args.micro_batch_size
+        each = self._args.global_batch_size
+        steps = [range(begin, begin + each) for begin in range(0, total, each)]
+        return [[step[begin : begin + size] for begin in range(0, each, size)] for step in steps]
+
+    def _share(self, data: dict[str, Any]) -> None:
+        """What slime does through Ray: large data goes from rollout to trainer beside the training data."""
+        schedule = Schedule(data["total_lengths"], [data["micro_batch_indices"]])
+        shared: dict[str, Any] = {}
+        for of_plugin in self._hook.share_train_data(args=self._args, schedule=schedule):
+            shared |= of_plugin[0]
+        self._hook.receive_train_data(
+            args=self._args, rollout_data=data, rank=Rank(), fetch=lambda names: [shared[name] for name in names]
+        )
 
     # -- passes -------------------------------------------------------------------------------------------------------
 
@@ -84,17 +103,17 @@ class Trainer:
 
         found: list[torch.Tensor] = []
         with torch.no_grad(), announced_pass(self._hook, self._args, stage, self.model):
-            for batch in self._microbatches(data, range(len(data["tokens"]))):
+            for batch in self._microbatches(data, data["micro_batch_indices"]):
                 log_probs, _ = self._forward(batch)
                 found += log_probs.split(batch["response_lengths"])
         return found
 
     def train(self, data: Mapping[str, Any]) -> Iterator[dict[str, float]]:
         """Optimizer steps, `global_batch_size` samples each: the metrics of every one, when it is done."""
-        for begin in range(0, len(data["tokens"]), self._args.global_batch_size):
-            yield self._step(data, range(begin, begin + self._args.global_batch_size))
+        for step in self._steps(data):
+            yield self._step(data, step)
 
-    def _step(self, data: Mapping[str, Any], indices: Sequence[int]) -> dict[str, float]:
+    def _step(self, data: Mapping[str, Any], microbatches: Sequence[Sequence[int]]) -> dict[str, float]:
         import torch
 
         for weight in self.main_weights:
@@ -102,7 +121,7 @@ class Trainer:
         sums: dict[str, float] = {}
         differences: list[torch.Tensor] = []
         with announced_pass(self._hook, self._args, "train", self.model), self.meter:
-            for batch in self._microbatches(data, indices):
+            for batch in self._microbatches(data, microbatches):
                 log_probs, entropy = self._forward(batch)
                 batch.setdefault("log_probs", log_probs.detach().split(batch["response_lengths"]))
                 loss, metrics = grpo_loss(self._args, log_probs, entropy, batch)
@@ -131,11 +150,10 @@ class Trainer:
 
     # -- microbatches -------------------------------------------------------------------------------------------------
 
-    def _microbatches(self, data: Mapping[str, Any], indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+    def _microbatches(self, data: Mapping[str, Any], microbatches: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
         wanted = [key for keys in self._hook.microbatch_keys(args=self._args) for key in keys]
         fields = dict.fromkeys([*(name for name in TRAINED_ON if name in data), *wanted])
-        for begin in range(0, len(indices), self._args.micro_batch_size):
-            chosen = indices[begin : begin + self._args.micro_batch_size]
+        for chosen in microbatches:
             self.meter.next = chosen
             yield {name: [data[name][index] for index in chosen] if name in data else None for name in fields}
 
@@ -146,15 +164,15 @@ class Trainer:
         samples = batch["tokens"]
         lengths = batch["total_lengths"]
         total = sum(lengths)
-        padding = -total % PAD_MULTIPLE
+        packing = Packing.of(self._args)
+        positions = packing.positions(lengths).to(self._device)
+        padding = len(positions) - total
         bounds = torch.tensor([0, *lengths, *([padding] if padding else [])], device=self._device).cumsum(0)
         batch |= {
             "unconcat_tokens": samples,
             "tokens": torch.nn.functional.pad(torch.cat(samples), (0, padding), value=PAD_TOKEN)[None],
             "packed_seq_params": _packed(bounds),
         }
-        positions = torch.arange(total + padding, device=self._device)
-        positions[total:] = -1
         begin_microbatch(self._hook, self._args, batch, positions)
         self.meter.microbatch(positions)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import urllib.request
-from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from miles_plugins.errors import PluginError
 from miles_plugins.patches.sglang.routing import capturer
-from miles_plugins.r3_replay.trace import compact, moe_layers
+from miles_plugins.r3_replay import wire
+from miles_plugins.r3_replay.trace import Routing
 
 PROMPT = [1, 2, 3, 4, 5]
 NEW_TOKENS = 2
@@ -26,18 +25,18 @@ def capture_is_on() -> str:
             {"expected": "a routed-experts capturer", "found": "none"},
             "enable_return_routed_experts did not reach the server; look for overrides in --sglang-config",
         )
-    return f"records {found.num_layers} layers x top-{found.topk_size}"
+    return f"records {len(found.layers)} MoE layers x top-{found.topk}, {found.bytes_per_token} bytes a token"
 
 
-def routing_arrives(args: Namespace, router_url: str, engine_urls: Sequence[str]) -> str:
+def routing_arrives(routing: Routing, router_url: str, engine_urls: Sequence[str]) -> str:
     """Send one small request to every engine, and one through the router, and check the routing that comes back.
 
     Raises:
-        PluginError: no routing, or another amount of it than the tokens need.
+        PluginError: no routing, routing that this side cannot read, or another amount of it than the tokens need.
     """
     for url in [*engine_urls, router_url]:
-        _check(args, url, "the router drops it" if url == router_url else "the engine returns none", _generate(url))
-    return f"routing arrives from {len(engine_urls)} engine(s) and through the router"
+        _check(routing, url, "the router drops it" if url == router_url else "the engine returns none", _generate(url))
+    return f"{routing.bytes_per_token} bytes a token arrive from {len(engine_urls)} engine(s) and through the router"
 
 
 def _generate(url: str) -> dict[str, Any]:
@@ -62,23 +61,17 @@ def _generate(url: str) -> dict[str, Any]:
     return answer
 
 
-def _check(args: Namespace, url: str, missing: str, answer: dict[str, Any]) -> None:
-    import torch
-
-    tokens = len(PROMPT) + NEW_TOKENS
-    expected = (tokens - 1) * args.num_layers * args.moe_router_topk
-    encoded = answer["meta_info"].get("routed_experts")
-    ids = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.int32) if encoded else torch.empty(0)
-    if ids.numel() != expected:
+def _check(routing: Routing, url: str, missing: str, answer: dict[str, Any]) -> None:
+    text = answer["meta_info"].get("routed_experts")
+    if not text:
         raise PluginError(
-            f"recorded routing does not arrive: {'its size is wrong' if ids.numel() else missing}",
+            f"recorded routing does not arrive: {missing}",
             {
                 "asked": f"{url}/generate",
-                "expected": f"{expected} expert ids for {tokens} tokens",
-                "found": ids.numel() or f"none among {sorted(answer['meta_info'])}",
+                "expected": f"routing of {len(PROMPT) + NEW_TOKENS - 1} tokens",
+                "found": f"none among {sorted(answer['meta_info'])}",
             },
             "check the versions of sglang and sglang-router (docs/compatibility.md)",
         )
-    trace = ids.reshape(tokens - 1, args.num_layers, args.moe_router_topk)
-    layers = moe_layers(args.num_layers, args.moe_layer_freq)
-    compact(trace, tokens, layers, args.moe_router_topk, args.num_experts, f"the probe request to {url}")
+    rows = wire.decode(text, f"the answer of {url}")
+    routing.check(rows, len(PROMPT) + NEW_TOKENS - 1, f"the probe request to {url}")

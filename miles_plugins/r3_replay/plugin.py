@@ -1,30 +1,49 @@
 """Rollout Routing Replay: train on the experts that the rollout used.
 
-One sample's way: SGLang records the routing (asked for in `receive_engine_request`), slime carries it, it is checked
-and made compact in `collect_train_data`, laid out like the tokens in `microbatch_begins`, and taken by the routers in
-`select_experts`.
+One sample's way: SGLang records the routing (asked for in `receive_engine_request`) and sends it narrow
+(`encode_routed_experts`); it is checked and joined to its sample in `receive_response`, cut for the ranks in
+`share_train_data`, fetched by each in `receive_train_data`, and taken by the routers in `select_experts`.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
+import logging
+import statistics
+import time
+from argparse import ArgumentParser, Namespace
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
-from miles_plugins import ArgumentError, Microbatch, PluginError, current_microbatch, hookimpl
-from miles_plugins.r3_replay import engine_probe
-from miles_plugins.r3_replay.replay import Recorded, Replay
-from miles_plugins.r3_replay.trace import compact, lay_out, moe_layers
+from miles_plugins import Microbatch, Packing, PluginError, Rank, Schedule, current_microbatch, hookimpl
+from miles_plugins.r3_replay import engine_probe, refusals, shards, wire
+from miles_plugins.r3_replay.replay import DIFFERENT, RECORDED, REPLAYED, TOKENS, Recorded, Replay
+from miles_plugins.r3_replay.trace import Routing, RoutingTrace, join, moe_layers, refused
 
 if TYPE_CHECKING:
     import torch
 
 SIDES = ("trainer", "rollout_manager", "sglang_scheduler")
 REPLAYING = ("log_prob", "train")  # the reference, the teacher and the critic route for themselves
+REMEMBERED = 20  # steps whose share of different tokens a new one is compared with
 
-_replay: Replay | None = None  # one a trainer process, bound to its actor model
+_log = logging.getLogger(__name__)
+
+_traces: list[RoutingTrace | None] = []  # of the samples that are about to be scheduled
+_received = {"bytes": 0, "rows": 0, "seconds": 0.0}  # since the last rollout
 _evidence: str | None = None
+
+_replay: Replay | None = None  # bound to the actor's model
+_natural: WeakSet[Any] = WeakSet()  # the chunks of other models in this process: they route for themselves
+_shard: shards.Shard | None = None
 _metrics: dict[str, float] = {}
+_seconds = 0.0  # of this process in a step, without the device's
+_shares: deque[float] = deque(maxlen=REMEMBERED)
+
+
+def _routing(args: Namespace) -> Routing:
+    return Routing(tuple(moe_layers(args.num_layers, args.moe_layer_freq)), args.moe_router_topk, args.num_experts)
 
 
 # -- the driver ------------------------------------------------------------------------------------------------------
@@ -36,50 +55,35 @@ def default_flags() -> Sequence[str]:
 
 
 @hookimpl
+def register_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--r3-earlier-rows",
+        choices=("keep", "overwrite"),
+        default="keep",
+        help="a resumed or multi-turn sample: keep the routing that its earlier tokens were sampled with, or overwrite "
+        "it with that of the last request's prefill (default: keep)",
+    )
+    parser.add_argument(
+        "--r3-missing",
+        choices=("fail", "drop"),
+        default="fail",
+        help="a sample without its routing: end the run, or mask the sample out of the loss (default: fail)",
+    )
+    parser.add_argument(
+        "--r3-measure-only",
+        action="store_true",
+        help="record and compare, but leave the trainer its own routing: shows what replay would change",
+    )
+
+
+@hookimpl
 def configure(args: Namespace) -> None:
-    refused = {
-        "--num-experts": not args.num_experts and "the model has no experts",
-        "--moe-router-fusion": args.moe_router_fusion and "the fused router decides before replay is asked",
-        "--moe-router-load-balancing-type": "sinkhorn" in str(args.moe_router_load_balancing_type)
-        and "sinkhorn routing decides without a top-k",
-        "--moe-expert-capacity-factor": args.moe_expert_capacity_factor is not None
-        and "a capacity drops replayed experts",
-        "--moe-enable-routing-replay": getattr(args, "moe_enable_routing_replay", False)
-        and "Megatron's own replay holds one target a layer",
-        "--overlap-moe-expert-parallel-comm": getattr(args, "overlap_moe_expert_parallel_comm", False)
-        and "the combined schedule runs two microbatches at once",
-        "--prefill-num-servers": getattr(args, "prefill_num_servers", None) is not None
-        and "a decode server does not know the prompt's routing",
-        "--sglang-config": _disaggregated(args) and "a decode server does not know the prompt's routing",
-        "--sglang-enable-hierarchical-cache": getattr(args, "sglang_enable_hierarchical_cache", False)
-        and "SGLang reloads cached tokens without their routing",
-        "--sglang-speculative-algorithm": getattr(args, "sglang_speculative_algorithm", None)
-        and getattr(args, "sglang_enable_dp_attention", False)
-        and "with --sglang-enable-dp-attention SGLang reads another rank's routing",
-        "--num-layers-per-virtual-pipeline-stage": getattr(args, "virtual_pipeline_model_parallel_size", None)
-        and "virtual pipeline stages are not replayed yet",
-        "--custom-config-path": not args.use_rollout_routing_replay and "the file switches routing replay off",
-    }
-    reasons = {flag: reason for flag, reason in refused.items() if reason}
-    if reasons:
-        raise ArgumentError("r3_replay cannot work with these arguments", reasons, "leave the flags or r3 out")
+    refusals.check(args)
     # slime would now expect a patched Megatron to fill and drain its queues; the replay here needs neither.
     args.use_routing_replay = False
 
 
-def _disaggregated(args: Namespace) -> bool:
-    """Whether the file of --sglang-config has prefill, decode or encoder servers."""
-    if getattr(args, "sglang_config", None) is None:
-        return False
-    import yaml
-
-    with open(args.sglang_config) as file:
-        models = yaml.safe_load(file)["sglang"]
-    groups = [group for model in models for group in model.get("server_groups", [])]
-    return any(group["worker_type"] in ("prefill", "decode", "encoder") for group in groups)
-
-
-# -- rollout ---------------------------------------------------------------------------------------------------------
+# -- SGLang ----------------------------------------------------------------------------------------------------------
 
 
 @hookimpl
@@ -90,13 +94,87 @@ def receive_engine_request(server_args: Any, request: Any) -> None:
 
 
 @hookimpl
+def encode_routed_experts(experts: torch.Tensor) -> str:
+    return wire.encode(experts)
+
+
+# -- rollout ---------------------------------------------------------------------------------------------------------
+
+
+@hookimpl
 def rollout_ready(args: Namespace, router_url: str, engine_urls: Sequence[str]) -> None:
     global _evidence
-    _evidence = engine_probe.routing_arrives(args, router_url, engine_urls)
+    _evidence = engine_probe.routing_arrives(_routing(args), router_url, engine_urls)
+
+
+@hookimpl
+def receive_response(args: Namespace, sample: Any, meta_info: dict[str, Any]) -> None:
+    text = meta_info.pop("routed_experts", None)
+    if not text:
+        return  # aborted while it was queued, say: what the sample has still belongs to the tokens it has
+    begun = time.perf_counter()
+    try:
+        sample.rollout_routed_experts, rows = _joined(args, sample, text, meta_info)
+    except PluginError as problem:
+        if args.r3_missing == "fail":
+            raise
+        _log.warning("r3_replay: %s", problem)
+        sample.rollout_routed_experts, rows = None, 0
+    _received["bytes"] += len(text)
+    _received["rows"] += rows
+    _received["seconds"] += time.perf_counter() - begun
+
+
+def _joined(args: Namespace, sample: Any, text: str, meta_info: Mapping[str, Any]) -> tuple[RoutingTrace, int]:
+    """The sample's routing with that of its last response, and how many rows came."""
+    name, tokens = _name(sample), sample.tokens
+    rows = wire.decode(text, f"a response for {name}")
+    start = int(meta_info.get("routed_experts_start_len") or 0)
+    if start < 0:
+        raise refused(name, "its first row is of no token", f"routed_experts_start_len {start}", "at least 0")
+    _routing(args).check(rows, max(len(tokens) - 1 - start, 0), name)
+    earlier = sample.rollout_routed_experts
+    earlier = earlier if isinstance(earlier, RoutingTrace) else None
+    version, keep = str(meta_info.get("weight_version", "")), args.r3_earlier_rows == "keep"
+    return join(earlier, rows, start, tokens, version, keep, name), len(rows)
+
+
+@hookimpl
+def rollout_metrics(args: Namespace, samples: Sequence[Any]) -> Mapping[str, float]:
+    found = [_trace_or_problem(args, sample) for sample in samples]
+    traces = [trace for trace in found if isinstance(trace, RoutingTrace)]
+    rows = sum(map(len, traces))
+    last = sum(trace.spans[-1].end - trace.spans[-1].begin for trace in traces if trace.spans)
+    metrics = {
+        "r3/wire_bytes_per_token": _received["bytes"] / max(_received["rows"], 1),
+        "r3/bytes_per_token": float(_routing(args).bytes_per_token),
+        "r3/receive_seconds": _received["seconds"],
+        "r3/samples_without_routing": float(len(found) - len(traces)),
+        "r3/rows_of_earlier_weights": (rows - last) / max(rows, 1),
+    }
+    _received.update(bytes=0, rows=0, seconds=0.0)
+    return metrics
+
+
+@hookimpl
+def receive_samples(args: Namespace, samples: Sequence[Any]) -> None:
+    for sample in samples:
+        found = _trace_or_problem(args, sample)
+        if isinstance(found, RoutingTrace):
+            sample.rollout_routed_experts = found
+            continue
+        if not sample.remove_sample:  # else the user's own code gave it up, and it is masked out already
+            if args.r3_missing == "fail":
+                raise found
+            _log.warning("r3_replay: %s is masked out of the loss: %s", _name(sample), found)
+            sample.remove_sample = True
+        sample.rollout_routed_experts = None
 
 
 @hookimpl
 def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict[str, Any]) -> None:
+    import torch
+
     found, expected = [list(tokens) for tokens in train_data["tokens"]], [list(sample.tokens) for sample in samples]
     if found != expected:
         differing = [index for index, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]]
@@ -109,18 +187,52 @@ def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict
             },
             "--custom-convert-samples-to-train-data-path must keep the samples, or r3 be left out",
         )
-    layers = moe_layers(args.num_layers, args.moe_layer_freq)
+    _traces[:] = [sample.rollout_routed_experts for sample in samples]
+    # The routing itself goes its own way, in `share_train_data`; slime carries which sample it is of, and its rows.
     train_data["rollout_routed_experts"] = [
-        compact(
-            sample.rollout_routed_experts,
-            len(sample.tokens),
-            layers,
-            args.moe_router_topk,
-            args.num_experts,
-            f"sample {sample.index}",
-        )
-        for sample in samples
+        torch.tensor([number, 0 if trace is None else len(trace)]) for number, trace in enumerate(_traces)
     ]
+
+
+@hookimpl
+def share_train_data(args: Namespace, schedule: Schedule) -> Sequence[Mapping[str, Any]]:
+    experts = [None if trace is None else trace.experts for trace in _traces]
+    _traces.clear()
+    return shards.cut(experts, schedule, Packing.of(args), _routing(args), _by_layer(args))
+
+
+def _by_layer(args: Namespace) -> bool:
+    """Whether ranks hold different layers: then each fetches its own only."""
+    return bool(args.pipeline_model_parallel_size > 1)
+
+
+def _name(sample: Any) -> str:
+    return f"sample {sample.index}"
+
+
+def _trace_or_problem(args: Namespace, sample: Any) -> RoutingTrace | PluginError:
+    """The routing of the tokens that the sample has now, or why it has none that can be replayed."""
+    try:
+        found, name = sample.rollout_routed_experts, _name(sample)
+        if found is None:
+            raise refused(name, "there is none", "no routed_experts", f"{len(sample.tokens) - 1} rows")
+        trace = found if isinstance(found, RoutingTrace) else _from_tensor(args, sample)
+        return trace.of(sample.tokens, name)
+    except PluginError as problem:
+        return problem
+
+
+def _from_tensor(args: Namespace, sample: Any) -> RoutingTrace:
+    """Where a user's own rollout function put [tokens - 1, all layers, topk] ids."""
+    import torch
+
+    routing, name, tokens = _routing(args), _name(sample), sample.tokens
+    rows = torch.as_tensor(sample.rollout_routed_experts)
+    if rows.dim() == 3 and rows.shape[1] == args.num_layers:
+        rows = rows[:, list(routing.layers)]
+    routing.check(rows, max(len(tokens) - 1, 0), name)
+    version = str(sample.weight_versions[-1]) if sample.weight_versions else ""
+    return join(None, routing.narrow(rows), 0, tokens, version, True, name)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -130,20 +242,35 @@ def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict
 def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
     global _replay
     if role == "actor":
-        layers = moe_layers(args.num_layers, args.moe_layer_freq)
-        replay = Replay(model, layers)
+        layers = _routing(args).layers
+        replay = Replay(model, layers, args.r3_measure_only)
         _require_all(layers, replay.local_layers)
         _replay = replay
+    else:
+        _natural.update(model)
 
 
 @hookimpl
-def take_routed_experts(rollout_data: dict[str, Any]) -> bool:
+def receive_train_data(
+    args: Namespace, rollout_data: dict[str, Any], rank: Rank, fetch: Callable[[Sequence[str]], list[Any]]
+) -> None:
+    global _shard
+    if _replay is None:
+        return  # the critic routes for itself
     if "rollout_routed_experts" not in rollout_data:
         raise PluginError(
             "the training data carries no routing",
             {"fields": ", ".join(rollout_data)},
             "with --load-debug-rollout-data, the dump must come from a run with r3",
         )
+    numbers = [int(number) for number, _ in rollout_data["rollout_routed_experts"]]
+    microbatches = [[numbers[local] for local in samples] for samples in rollout_data["micro_batch_indices"]]
+    names = shards.names(rank, Packing.of(args), _replay.local_layers, _by_layer(args))
+    _shard = shards.Shard(microbatches, fetch(names), _by_layer(args))
+
+
+@hookimpl
+def take_routed_experts() -> bool:
     return True
 
 
@@ -153,25 +280,41 @@ def microbatch_keys() -> Sequence[str]:
 
 
 @hookimpl
-def pass_begins(stage: str) -> None:
-    if _replay and stage in REPLAYING:
-        _replay.begin()
+def pass_begins(stage: str, model: Sequence[Any]) -> None:
+    global _seconds
+    if _replay is None or stage not in REPLAYING or model[0] in _natural:
+        return
+    if not _replay.is_of(model):
+        raise PluginError(
+            "a pass that should replay runs on another model than the one that was bound",
+            {"pass": stage, "model": f"{len(model)} chunk(s) of {type(model[0]).__name__}"},
+            "whatever replaces the model after it was built must be left out",
+        )
+    _replay.begin()
+    _seconds = 0.0
 
 
 @hookimpl
-def microbatch_begins(args: Namespace, microbatch: Microbatch) -> None:
-    if _replay and _replay.active:
-        traces = microbatch.batch["rollout_routed_experts"]
-        lengths = [len(tokens) for tokens in microbatch.batch["unconcat_tokens"]]
-        if [len(trace) + 1 for trace in traces] != lengths:
-            raise PluginError(
-                "the recorded routing of a microbatch does not belong to its tokens",
-                {"tokens": lengths, "rows of routing": [len(trace) for trace in traces]},
-                "whatever changes the samples after the rollout must change their routing with them",
-            )
-        recorded = Recorded(*lay_out(traces, microbatch.positions, args.num_experts), replayed=set())
-        microbatch.values["r3_replay"] = recorded
-        _replay.add(recorded)
+def microbatch_begins(microbatch: Microbatch) -> None:
+    global _seconds
+    if _replay is None or not _replay.active:
+        return
+    assert _shard is not None, "a replaying pass runs on received training data"
+    begun = time.perf_counter()
+    handles = [handle.tolist() for handle in microbatch.batch["rollout_routed_experts"]]
+    lengths = [len(tokens) for tokens in microbatch.batch["unconcat_tokens"]]
+    if any(rows not in (0, length - 1) for (_, rows), length in zip(handles, lengths, strict=True)):
+        raise PluginError(
+            "the recorded routing of a microbatch does not belong to its tokens",
+            {"tokens": lengths, "rows of routing": [rows for _, rows in handles]},
+            "whatever changes the samples after the rollout must change their routing with them",
+        )
+    indices = _shard.take([number for number, _ in handles], microbatch.positions.device)
+    tokens, recorded = shards.which_count(lengths, [rows for _, rows in handles], microbatch.positions)
+    mine = Recorded(indices, recorded, tokens, microbatch.chunk)
+    microbatch.values["r3_replay"] = mine
+    _replay.add(mine)
+    _seconds += time.perf_counter() - begun
 
 
 @hookimpl
@@ -194,23 +337,61 @@ def select_experts(
 
 
 @hookimpl
-def pass_ends(stage: str, model: Sequence[Any], error: BaseException | None) -> None:
+def pass_ends(args: Namespace, stage: str, model: Sequence[Any], error: BaseException | None) -> None:
     if _replay is None or not _replay.active:
         return
     _replay.end()
     if error is not None:
         return
-    replayed, expected, different = _sum_over_ranks(_replay.counts(), model)
-    if replayed != expected:
+    counts = _sum_over_ranks(_replay.counts(), model)
+    total = counts.sum(dim=0)
+    if total[REPLAYED] != total[RECORDED]:
         raise PluginError(
             f"routing was not replayed everywhere in the {stage} pass",
-            {"replayed": f"{replayed:.0f} (token, MoE layer) pairs", "expected": f"{expected:.0f}"},
+            {
+                "replayed": f"{total[REPLAYED]:.0f} (token, MoE layer) pairs",
+                "expected": f"{total[RECORDED]:.0f}",
+                "layers": ", ".join(
+                    str(layer)
+                    for layer, row in zip(_routing(args).layers, counts.tolist(), strict=True)
+                    if row[REPLAYED] != row[RECORDED]
+                ),
+            },
             "another plugin's select_experts may have decided first; else report this with your parallel and recompute "
             "flags. Go on from the last checkpoint, not from this step",
         )
     if stage == "train":
-        _metrics["r3/coverage"] = replayed / expected if expected else 0.0
-        _metrics["r3/different_tokens"] = different / expected if expected else 0.0
+        _measure(args, counts)
+
+
+def _measure(args: Namespace, counts: torch.Tensor) -> None:
+    total = counts.sum(dim=0)
+    by_layer = (counts[:, DIFFERENT] / counts[:, RECORDED].clamp(min=1)).tolist()
+    replayed = 0.0 if args.r3_measure_only else float(total[REPLAYED])
+    share = float(total[DIFFERENT] / total[RECORDED].clamp(min=1))
+    _metrics.clear()
+    _metrics["r3/coverage"] = replayed / max(float(total[TOKENS]), 1.0)
+    _metrics["r3/different_tokens"] = share
+    for layer, different in zip(_routing(args).layers, by_layer, strict=True):
+        _metrics[f"r3/different_tokens/layer_{layer}"] = different
+    _metrics["r3/host_seconds"] = _seconds
+    if warning := jump(share, _shares, dict(zip(_routing(args).layers, by_layer, strict=True))):
+        _log.warning("r3_replay: %s", warning)
+    _shares.append(share)
+
+
+def jump(share: float, before: Sequence[float], by_layer: Mapping[int, float]) -> str | None:
+    """A warning when many more tokens than before route differently by themselves; None while all is well."""
+    usual = statistics.median(before) if len(before) >= 3 else None
+    if share < 0.5 and (usual is None or share < max(0.05, 5 * usual)):
+        return None
+    worst = max(by_layer, key=lambda layer: by_layer[layer])
+    return (
+        f"{share:.1%} of the (token, MoE layer) pairs would route differently by themselves"
+        + (f", after {usual:.1%} before" if usual is not None else "")
+        + f" (worst: layer {worst}, {by_layer[worst]:.1%}). Routing that belongs to other tokens looks like this, and "
+        "so do weights that did not reach the engine: compare train_rollout_logprob_abs_diff before you go on"
+    )
 
 
 @hookimpl
@@ -218,15 +399,15 @@ def step_metrics() -> Mapping[str, float]:
     return _metrics
 
 
-def _require_all(layers: Sequence[int], local: set[int]) -> None:
+def _require_all(layers: Sequence[int], local: Sequence[int]) -> None:
     """Raise unless the ranks of the actor hold a router for each MoE layer of the arguments, taken together."""
     import torch.distributed
 
     everywhere = [local]
     if torch.distributed.is_initialized():
-        everywhere = [set()] * torch.distributed.get_world_size()
+        everywhere = [[]] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everywhere, local)
-    missing = set(range(len(layers))) - set().union(*everywhere)
+    missing = set(range(len(layers))).difference(*everywhere)
     if missing:
         raise PluginError(
             "the model has MoE layers without a router that can replay",
@@ -235,14 +416,13 @@ def _require_all(layers: Sequence[int], local: set[int]) -> None:
         )
 
 
-def _sum_over_ranks(counts: torch.Tensor, model: Sequence[Any]) -> list[float]:
+def _sum_over_ranks(counts: torch.Tensor, model: Sequence[Any]) -> torch.Tensor:
     import torch.distributed
 
     device = next(model[0].parameters()).device
     total = counts.to(device)
     torch.distributed.all_reduce(total)
-    values: list[float] = total.tolist()
-    return values
+    return total.cpu()
 
 
 # -- every process ---------------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -12,19 +13,35 @@ from miles_plugins.errors import PluginError
 if TYPE_CHECKING:
     import torch
 
+REPLAYED, RECORDED, TOKENS, DIFFERENT = range(4)  # the columns of `Replay.counts`
+
 
 @dataclass
 class Recorded:
     """The routing of one microbatch on this rank.
 
     Attributes:
-        indices: [MoE layers, tokens, topk] expert ids.
+        indices: [local MoE layers, tokens, topk] expert ids, in the order of `Replay.local_layers`.
         recorded: [tokens] bool, whether the rollout recorded a choice.
+        tokens: tokens whose choice mattered in the rollout or would have: neither padding nor the last of a sample.
+        chunk: the model chunk (virtual pipeline stage) that this forward pass is of.
         replayed: MoE layers whose router has taken its choice in the forward pass.
     """
 
     indices: torch.Tensor
     recorded: torch.Tensor
+    tokens: torch.Tensor
+    chunk: int = 0
+    replayed: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Passed:
+    """Of a microbatch only what is counted: its routing is let go as soon as its last recomputation is over."""
+
+    recorded: torch.Tensor
+    tokens: torch.Tensor
+    chunk: int
     replayed: set[int]
 
 
@@ -35,17 +52,26 @@ class Replay:
     would leave dead routers first in line.
     """
 
-    def __init__(self, model: Sequence[torch.nn.Module], layers: Sequence[int]) -> None:
+    def __init__(self, model: Sequence[torch.nn.Module], layers: Sequence[int], measure_only: bool = False) -> None:
         """Bind the routers of `model` to `layers`, the global indices of the model's MoE layers.
+
+        Args:
+            model: one module a virtual pipeline stage.
+            measure_only: compare the recorded choice with the natural one and leave the natural one.
 
         Raises:
             PluginError: a router's layer is no MoE layer by the arguments, or two routers claim one.
         """
+        self._model = [weakref.ref(chunk) for chunk in model]
         self._layer_of: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+        self._layers = len(layers)
+        self._measure_only = measure_only
+        self._of_chunk: list[list[int]] = []
         index = {layer: position for position, layer in enumerate(layers)}
         for chunk in model:
+            self._of_chunk.append([])
             for name, module in chunk.named_modules():
-                if not hasattr(module, "router_replay") or ".mtp." in f".{name}.":
+                if not hasattr(module, "router_replay") or _is_draft(name, module):
                     continue  # the draft head (MTP) predicts other tokens than the rollout routed
                 layer = module.layer_number - 1
                 if layer not in index or index[layer] in self._layer_of.values():
@@ -59,19 +85,21 @@ class Replay:
                         "correct --moe-layer-freq",
                     )
                 self._layer_of[module] = index[layer]
-        self._routers = len(self._layer_of)  # also should one of them vanish: then it did not replay
+                self._of_chunk[-1].append(index[layer])
+        # Also should a router vanish: then it did not replay.
+        self.local_layers = sorted(layer for chunk_layers in self._of_chunk for layer in chunk_layers)
+        """Positions, among the MoE layers, of those on this rank."""
+        self._row = {layer: row for row, layer in enumerate(self.local_layers)}
         self.active = False
         self._begin()
 
     def _begin(self) -> None:
-        # Of each microbatch only what is counted: its routing is let go as soon as its last recomputation is over.
-        self._passed: list[tuple[torch.Tensor, set[int]]] = []
-        self._different: list[torch.Tensor] = []
+        self._passed: list[_Passed] = []
+        self._different: dict[int, list[torch.Tensor]] = {}
 
-    @property
-    def local_layers(self) -> set[int]:
-        """Positions, among the MoE layers, of those on this rank."""
-        return set(self._layer_of.values())
+    def is_of(self, model: Sequence[torch.nn.Module]) -> bool:
+        """Whether it was made for this very model, not for another one in the process."""
+        return [chunk() for chunk in self._model] == list(model)
 
     def is_bound(self, router: torch.nn.Module) -> bool:
         """Whether this router replays when a pass does."""
@@ -87,8 +115,9 @@ class Replay:
         self.active = False
 
     def add(self, microbatch: Recorded) -> None:
-        """The forward pass of one microbatch is about to run."""
-        self._passed.append((microbatch.recorded.sum(), microbatch.replayed))
+        """The forward pass of one microbatch, through one model chunk, is about to run."""
+        recorded, tokens = microbatch.recorded.sum(), microbatch.tokens.sum()
+        self._passed.append(_Passed(recorded, tokens, microbatch.chunk, microbatch.replayed))
 
     def select(
         self,
@@ -104,12 +133,10 @@ class Replay:
         Raises:
             PluginError: the shape is not the router's, or the layer's routing was taken before in this forward pass.
         """
-        import torch
-
         layer = self._layer_of.get(router)
         if layer is None:
             return None
-        indices = microbatch.indices[layer].long()
+        indices = microbatch.indices[self._row[layer]].long()
         if indices.shape != (scores.shape[0], topk):
             raise PluginError(
                 "the recorded routing does not fit the router",
@@ -124,19 +151,44 @@ class Replay:
                     "report this with your parallel and recompute flags",
                 )
             microbatch.replayed.add(layer)
-            with torch.no_grad():
-                natural = choose()[1]
-            differs = (natural.sort(dim=1).values != indices.sort(dim=1).values).any(dim=1)
-            self._different.append((differs & microbatch.recorded).sum())
-        return scores.gather(1, indices), indices
+            self._compare(layer, choose, indices, microbatch.recorded)
+        return None if self._measure_only else (scores.gather(1, indices), indices)
 
-    def counts(self) -> torch.Tensor:
-        """[replayed, expected, different] (token, MoE layer) pairs of this pass on this rank, float64 on the CPU."""
+    def _compare(
+        self,
+        layer: int,
+        choose: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        indices: torch.Tensor,
+        recorded: torch.Tensor,
+    ) -> None:
+        """Count the tokens whose natural choice is another set of experts than the recorded one."""
         import torch
 
-        replayed = expected = 0
-        for recorded, layers in self._passed:
-            replayed += int(recorded) * len(layers)
-            expected += int(recorded) * self._routers
-        different = int(torch.stack(self._different).sum()) if self._different else 0
-        return torch.tensor([replayed, expected, different], dtype=torch.float64)
+        with torch.no_grad():
+            natural = choose()[1]
+            # Both hold topk different experts, so they are the same set if each of one is in the other.
+            same = (natural[:, :, None] == indices[:, None, :]).any(dim=2).all(dim=1)
+            self._different.setdefault(layer, []).append((recorded & ~same).sum())
+
+    def counts(self) -> torch.Tensor:
+        """[MoE layers, 4] float64 on the CPU, of this pass on this rank.
+
+        For each layer, over its tokens: those replayed, those with a record, all (neither padding nor the last of a
+        sample), and those with a record whose natural choice differs from it.
+        """
+        import torch
+
+        counts = torch.zeros(self._layers, 4, dtype=torch.float64)
+        for passed in self._passed:
+            for layer in self._of_chunk[passed.chunk]:
+                recorded = int(passed.recorded)
+                counts[layer, REPLAYED] += recorded * (layer in passed.replayed)
+                counts[layer, RECORDED] += recorded
+                counts[layer, TOKENS] += int(passed.tokens)
+        for layer, different in self._different.items():
+            counts[layer, DIFFERENT] = int(torch.stack(different).sum())
+        return counts
+
+
+def _is_draft(name: str, module: torch.nn.Module) -> bool:
+    return ".mtp." in f".{name}." or bool(getattr(module, "is_mtp_layer", False))

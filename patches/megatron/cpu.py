@@ -70,6 +70,15 @@ def norm_under_sequence_parallelism(
     return norm
 
 
+def send_a_copy(original: Callable[..., Any], *, tensor_send_next: torch.Tensor | None, **kwargs: Any) -> Any:
+    """Megatron empties a stage's output as soon as its sending is queued, which the order of a CUDA stream allows.
+
+    gloo reads the memory when the receiver is ready, and then it would be another tensor's: with
+    --overlap-p2p-communication-warmup-flush the gradients became NaN.
+    """
+    return original(tensor_send_next=None if tensor_send_next is None else tensor_send_next.clone(), **kwargs)
+
+
 def gate(
     original: Callable[..., Any],
     inp: torch.Tensor,
@@ -119,6 +128,12 @@ SEAMS = (
                 "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
                 norm_under_sequence_parallelism,
                 "Megatron's torch norm refuses sequence parallelism",
+            ),
+            _patch(
+                "pipeline-send",
+                "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops",
+                send_a_copy,
+                "with virtual pipeline stages Megatron frees what it sends while gloo has yet to read it",
             ),
             _patch(
                 "router-gate",

@@ -23,11 +23,14 @@ def checkpoint_without_output(
     return original(self, bind(run_function), *args, **kwargs)
 
 
-def _patch(name: str, target: str, wrap: Callable[..., Any], roles: frozenset[str] = frozenset()) -> Patch:
+def _patch(
+    name: str, target: str, wrap: Callable[..., Any], signature: str, roles: frozenset[str] = frozenset()
+) -> Patch:
     return Patch(
         id=f"megatron.recompute.{name}",
         target=target,
         wrap=wrap,
+        signature=signature,
         roles=roles,
         reason="Megatron does not say which microbatch a recomputation belongs to",
         upstream="https://github.com/NVIDIA/Megatron-LM (megatron/core/tensor_parallel/random.py)",
@@ -42,14 +45,26 @@ SEAMS = (
         name="recomputation",
         hooks=("microbatch_begins",),
         patches=(
-            _patch("checkpoint", "megatron.core.tensor_parallel.random:checkpoint", checkpoint, _TRAINER),
+            _patch(
+                "checkpoint",
+                "megatron.core.tensor_parallel.random:checkpoint",
+                checkpoint,
+                "(function, distribute_saved_activations, *args)",
+                _TRAINER,
+            ),
             _patch(
                 "without-output",
                 "megatron.core.tensor_parallel.random:CheckpointWithoutOutput.checkpoint",
                 checkpoint_without_output,
+                "(self, run_function, *args)",
                 _TRAINER,
             ),
-            _patch("te", "megatron.core.extensions.transformer_engine:te_checkpoint", checkpoint),
+            _patch(
+                "te",
+                "megatron.core.extensions.transformer_engine:te_checkpoint",
+                checkpoint,
+                "(forward_func, distribute_saved_activations, get_rng_state_tracker, tp_group, *args, **kwargs)",
+            ),
         ),
     ),
 )

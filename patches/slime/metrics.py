@@ -1,4 +1,4 @@
-"""What slime logs, as it logs it (hook: metrics_logged)."""
+"""What slime logs, as it logs it (hook: metrics_logged), and what plugins add to it (hook: rollout_metrics)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def log(original: Callable[..., Any], args: Any, metrics: Any, step_key: str) ->
     return result
 
 
+def compute_metrics_from_samples(original: Callable[..., Any], args: Any, samples: Any) -> Any:
+    metrics = original(args, samples)
+    for added in current().hook.rollout_metrics(args=args, samples=samples):
+        metrics.update(added)
+    return metrics
+
+
 SEAMS = (
     Seam(
         name="metrics",
@@ -30,6 +37,22 @@ SEAMS = (
                 reason="slime logs to W&B and TensorBoard only",
                 upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/utils/logging_utils.py",
                 retire_when="slime has pluggable trackers",
+            ),
+        ),
+    ),
+    Seam(
+        name="rollout metrics",
+        hooks=("rollout_metrics",),
+        patches=(
+            Patch(
+                id="slime.metrics.rollout",
+                target="slime.ray.rollout:compute_metrics_from_samples",
+                wrap=compute_metrics_from_samples,
+                signature="(args, samples)",
+                roles=frozenset({"rollout_manager"}),
+                reason="slime's --custom-rollout-log-function-path is the user's, and one alone",
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/ray/rollout.py",
+                retire_when="slime takes metrics from several functions",
             ),
         ),
     ),

@@ -13,6 +13,7 @@ from typing import Any
 from miles_plugins import attestation
 from miles_plugins.activation import current
 from miles_plugins.patches.seam import Seam
+from miles_plugins.patches.slime.shared_data import split_train_data
 from miles_plugins.patching import Patch
 
 
@@ -35,9 +36,18 @@ def _subclass(base: type) -> type:
             attestation.send(activation.run, [{**activation.report(), "engines": engines}])
 
         def _convert_samples_to_train_data(self, samples: Sequence[Any]) -> dict[str, Any]:
+            hook = current().hook
+            hook.receive_samples(args=self.args, samples=samples)
             train_data: dict[str, Any] = super()._convert_samples_to_train_data(samples)
-            current().hook.collect_train_data(args=self.args, samples=samples, train_data=train_data)
+            hook.collect_train_data(args=self.args, samples=samples, train_data=train_data)
             return train_data
+
+        def _split_train_data_by_dp(self, data: dict[str, Any]) -> Any:
+            original = super()._split_train_data_by_dp
+            plugins = current().plugins
+            if not (plugins.implement("share_train_data") or plugins.implement("receive_train_data")):
+                return original(data)
+            return split_train_data(lambda: original(data), self.args)
 
     RolloutManager.__module__ = __name__
     RolloutManager.__qualname__ = "RolloutManager"

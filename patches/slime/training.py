@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from miles_plugins.activation import current
 from miles_plugins.errors import UpstreamError
 from miles_plugins.microbatch import announced_pass, begin_microbatch
+from miles_plugins.packing import Packing
 from miles_plugins.patches.seam import Seam
 from miles_plugins.patching import Patch
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 SLIME = "https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/megatron_utils"
 
 _building: ContextVar[tuple[Any, str] | None] = ContextVar("building", default=None)
-_args: ContextVar[Any] = ContextVar("args", default=None)
+_pass_now: ContextVar[tuple[Any, list[Any]] | None] = ContextVar("pass", default=None)  # args, data iterators
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
@@ -57,13 +58,13 @@ def fill_routing_replay(
 
 
 @contextmanager
-def _pass(args: Any, stage: str, model: Sequence[Any]) -> Iterator[None]:
-    token = _args.set(args)
+def _pass(args: Any, stage: str, model: Sequence[Any], iterators: Sequence[Any]) -> Iterator[None]:
+    token = _pass_now.set((args, list(iterators)))
     try:
         with announced_pass(current().hook, args, stage, model):
             yield
     finally:
-        _args.reset(token)
+        _pass_now.reset(token)
 
 
 def forward_only(
@@ -71,13 +72,14 @@ def forward_only(
     f: Callable[..., Any],
     args: Any,
     model: Sequence[Any],
+    data_iterator: Sequence[Any],
     *rest: Any,
     store_prefix: str = "",
     **kwargs: Any,
 ) -> Any:
     stage = "values" if f.__name__ == "get_values" else f"{store_prefix}log_prob"
-    with _pass(args, stage, model):
-        return original(f, args, model, *rest, store_prefix=store_prefix, **kwargs)
+    with _pass(args, stage, model, data_iterator):
+        return original(f, args, model, data_iterator, *rest, store_prefix=store_prefix, **kwargs)
 
 
 def train_one_step(
@@ -85,12 +87,12 @@ def train_one_step(
     args: Any,
     rollout_id: int,
     step_id: int,
-    data_iterator: Any,
+    data_iterator: Sequence[Any],
     model: Sequence[Any],
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    with _pass(args, "train", model):
+    with _pass(args, "train", model, data_iterator):
         loss_dict, grad_norm = original(args, rollout_id, step_id, data_iterator, model, *rest, **kwargs)
     for metrics in current().hook.step_metrics(args=args):
         loss_dict.update(metrics)  # slime logs what the last pipeline stage returns, as train/<name>
@@ -98,65 +100,80 @@ def train_one_step(
 
 
 def get_batch(original: Callable[..., Any], data_iterator: Any, keys: Sequence[str], *rest: Any, **kwargs: Any) -> Any:
-    args = _args.get()
-    if args is None:  # not in a pass: somebody looks at a batch
+    now = _pass_now.get()
+    if now is None:  # not in a pass: somebody looks at a batch
         return original(data_iterator, keys, *rest, **kwargs)
+    args, iterators = now
     hook = current().hook
     wanted = [key for keys_of_one in hook.microbatch_keys(args=args) for key in keys_of_one]
     batch = original(data_iterator, [*keys, *(key for key in wanted if key not in keys)], *rest, **kwargs)
-    begin_microbatch(hook, args, batch, local_tokens(args, token_positions(args, batch)))
+    positions = Packing.of(args).local(token_positions(args, batch), _tensor_rank())
+    begin_microbatch(hook, args, batch, positions, _chunk(data_iterator, iterators))
     return batch
 
 
+def _chunk(data_iterator: Any, iterators: Sequence[Any]) -> int:
+    """Which virtual pipeline stage runs: slime has one iterator for each, and Megatron's schedule hands them over."""
+    for chunk, iterator in enumerate(iterators):
+        if iterator is data_iterator:
+            return chunk
+    raise UpstreamError(
+        "slime draws a microbatch from an iterator that is none of its pass",
+        {"expected": f"one of {len(iterators)} iterators, one a virtual pipeline stage", "found": repr(data_iterator)},
+        "use a listed stack (docs/compatibility.md)",
+    )
+
+
+def _tensor_rank() -> int:
+    from megatron.core import mpu
+
+    rank: int = mpu.get_tensor_model_parallel_rank()
+    return rank
+
+
 def token_positions(args: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Where this rank's tokens come from, found by laying out positions exactly as slime lays out tokens.
+    """Where the tokens of this rank's packed stream come from, proved to be slime's own layout.
 
     Returns:
         [padded length] int64 on the tokens' device: position in the samples' concatenation, -1 for padding.
 
     Raises:
-        UpstreamError: the samples' tokens, laid out by these positions, are not the ones slime trains on.
+        UpstreamError: slime lays out these samples in another way, or other tokens than theirs.
     """
     import torch
     from megatron.core import mpu
-    from slime.backends.megatron_utils.cp_utils import slice_with_cp
 
     samples = batch["unconcat_tokens"]
     stream = torch.cat(samples)
-    positions = torch.arange(stream.numel(), device=stream.device)
-    parallel_size = mpu.get_context_parallel_world_size()
-    multiple = mpu.get_tensor_model_parallel_world_size() * args.data_pad_size_multiplier
-
-    def pad(laid_out: torch.Tensor, multiple: int) -> torch.Tensor:
-        return torch.nn.functional.pad(laid_out, (0, -laid_out.numel() % multiple), value=-1)
-
-    if args.allgather_cp:
-        whole = pad(positions, multiple * parallel_size)
-        laid_out = whole.chunk(parallel_size)[mpu.get_context_parallel_rank()]
-    else:
-        each = positions.split([sample.numel() for sample in samples])
-        laid_out = pad(torch.cat([slice_with_cp(part, -1) for part in each]), multiple)
-
-    expected = torch.where(laid_out >= 0, stream[laid_out], 0)  # slime pads with token 0
-    if not torch.equal(expected, batch["tokens"].reshape(-1)):
+    lengths = [sample.numel() for sample in samples]
+    packing = Packing.of(args)
+    positions = packing.positions(lengths, mpu.get_context_parallel_rank()).to(stream.device)
+    # slime pads with token 0. Samples that repeat themselves could hide a shift, so positions are cut as well.
+    expected = torch.where(positions >= 0, stream[positions], 0)
+    found = batch["tokens"].reshape(-1)
+    if not torch.equal(expected, found) or not _cut_alike(packing, lengths, positions):
         raise UpstreamError(
             "this slime lays out a microbatch in a way that the plugins do not know",
             {
                 "expected": f"{expected.numel()} tokens beginning {expected[:8].tolist()}",
-                "found": f"{batch['tokens'].numel()} tokens beginning {batch['tokens'].reshape(-1)[:8].tolist()}",
+                "found": f"{found.numel()} tokens beginning {found[:8].tolist()}",
+                "layout": packing,
             },
             "use a listed stack (docs/compatibility.md)",
         )
-    return laid_out
+    return positions
 
 
-def local_tokens(args: Any, positions: torch.Tensor) -> torch.Tensor:
-    """The part of the positions that reaches this rank's routers, in their order, under sequence parallelism."""
-    from megatron.core import mpu
+def _cut_alike(packing: Packing, lengths: Sequence[int], positions: torch.Tensor) -> bool:
+    """Whether slime's own function cuts positions as it is thought to; it has one for samples cut by themselves."""
+    if packing.all_gather or packing.context_parallel == 1:
+        return True
+    import torch
+    from slime.backends.megatron_utils.cp_utils import slice_with_cp
 
-    if not args.sequence_parallel:
-        return positions
-    return positions.chunk(mpu.get_tensor_model_parallel_world_size())[mpu.get_tensor_model_parallel_rank()]
+    each = torch.arange(sum(lengths)).split(list(lengths))
+    cut = torch.cat([slice_with_cp(sample, -1) for sample in each])
+    return torch.equal(cut, positions[: len(cut)].cpu()) and bool((positions[len(cut) :] == -1).all())
 
 
 _TRAINER = frozenset({"trainer"})
