@@ -92,6 +92,8 @@ def receive_engine_request(server_args: Any, request: Any) -> None:
 def encode_routed_experts(experts: torch.Tensor) -> str | None:
     """The recorded routing of one finished request leaves the SGLang server (sglang_detokenizer).
 
+    With --skip-tokenizer-init no request passes the detokenizer; the server asks then (sglang_server).
+
     `experts` is [tokens, MoE layers, topk] on the CPU, uint8 up to 256 experts and int16 above; layers without experts
     are not in it. Return what `meta_info["routed_experts"]` of the response shall be; None leaves it to the next
     plugin, at last to SGLang's own base64 of int32.
