@@ -295,6 +295,7 @@ FLAT = {
     "expert 2": {"data": 2, "expert": 2},
     "tensor 2, sequence, expert 2": {"tensor": 2, "sequence": True, "expert": 2},
     "tensor 2, sequence, expert 2, data 2": {"tensor": 2, "sequence": True, "expert": 2, "data": 2},
+    "tensor 4, sequence, expert 4": {"tensor": 4, "sequence": True, "expert": 4},
 }
 
 

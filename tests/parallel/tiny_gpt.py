@@ -14,7 +14,7 @@ import torch
 
 HIDDEN = 32
 VOCABULARY = 256
-HEADS, GROUPS, HEAD_SIZE = 4, 2, 8
+HEADS, GROUPS, HEAD_SIZE = 4, 4, 8
 
 
 class OwnValue(torch.nn.Module):
