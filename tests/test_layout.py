@@ -127,7 +127,7 @@ def test_importing_everything_imports_nothing_of_upstream():
 FEATURES = sorted(folder.parent.name for folder in PACKAGE.glob("*/plugin.py"))
 PUBLIC = {f"miles_plugins.{name}" for name in miles_plugins.__all__}
 # A read-only look at SGLang, which only its seam may name.
-ALSO_ALLOWED = {"r3_replay": {"miles_plugins.patches.sglang.routing.capturer"}}
+ALSO_ALLOWED = {"r3_replay": {f"miles_plugins.patches.sglang.routing.{name}" for name in ("capturer", "switched_off")}}
 
 
 @pytest.mark.parametrize("feature", FEATURES)

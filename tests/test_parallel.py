@@ -141,9 +141,13 @@ def rollout(
     steps: tuple[int, ...] = (4,),
     lengths: list[int] | None = None,
     without: tuple[int, ...] = (),
+    ending: dict[int, int] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Samples of numbered tokens with random routing, two a microbatch; `without` have none."""
+    """Samples of numbered tokens with random routing, two a microbatch.
+
+    Those `without` have none. Those with an `ending` have none for so many last tokens more than usual.
+    """
     chosen = random.Random(seed)
     lengths = lengths or LENGTHS[: 2 * sum(steps) * data]
     number = itertools.count(1)  # 0 is slime's padding
@@ -154,7 +158,10 @@ def rollout(
         "traces": [
             None
             if index in without
-            else [[chosen.sample(range(EXPERTS), TOPK) for _ in range(layers)] for _ in range(length - 1)]
+            else [
+                [chosen.sample(range(EXPERTS), TOPK) for _ in range(layers)]
+                for _ in range(length - 1 - (ending or {}).get(index, 0))
+            ]
             for index, length in enumerate(lengths)
         ],
         "microbatches": [[mine[at : at + 2] for at in range(0, len(mine), 2)] for mine in of_ranks],
@@ -212,7 +219,7 @@ class Run:
             return None
         sample, position = self._place[token]
         trace = self._rollout["traces"][sample]
-        if trace is None or position == len(trace):
+        if trace is None or position >= len(trace):
             return None
         return set(trace[position][self.case["moe"].index(layer)])
 
@@ -283,9 +290,6 @@ def flat(values: Any) -> list[float]:
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-
-
-FULL_SHORT_FIRST = {**FULL, "num_layers_in_first_pipeline_stage": 1}
 
 
 # -- tensor, sequence and expert parallelism -------------------------------------------------------------------------
@@ -407,7 +411,7 @@ def test_pipeline_stages_of_any_size_and_kind(workers: Workers, stages: str) -> 
     # And each stage fetched the routing of its own layers only.
     for place, asked in zip(run.of_ranks("place"), run.of_ranks("asked"), strict=True):
         own = [one["moe"].index(layer) for layer in layers[place["pipeline"]] if layer in one["moe"]]
-        assert [int(name.rsplit(" ", 1)[1]) for name in asked] == own
+        assert [int(name.rpartition("MoE layer ")[2]) for name in asked if name.startswith("routing for")] == own
 
 
 VIRTUAL: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
@@ -621,13 +625,21 @@ def test_a_router_that_does_not_ask_ends_the_pass_on_every_rank(workers: Workers
         assert "layers    3\n" in said
 
 
-def test_a_sample_without_routing_is_told_apart_from_one_that_was_not_replayed(workers: Workers) -> None:
-    masked = rollout(3, without=(3, 5))
-    one = case([[0], [1, 2]], rollouts=[masked], more={"missing": "drop"}, pipeline=2, model=FULL_SHORT_FIRST)
+@pytest.mark.parametrize(
+    ("missing", "unrecorded"),
+    [({"without": (3, 5)}, {3: 6, 5: 5}), ({"ending": {0: 2, 7: 8}}, {0: 2, 7: 8})],
+    ids=["masked samples", "a tool's answer at the end"],
+)
+def test_tokens_without_routing_are_told_apart_from_those_that_were_not_replayed(
+    workers: Workers, missing: dict[str, Any], unrecorded: dict[int, int]
+) -> None:
+    some = rollout(3, **missing)
+    changed = {**FULL, "num_layers_in_first_pipeline_stage": 1}
+    one = case([[0], [1, 2]], rollouts=[some], more={"missing": "drop"}, pipeline=2, model=changed)
     run = Run(one, workers.run(one))
     replayed(run, times=2)
-    choices = [len(tokens) - 1 for tokens in masked["tokens"]]
-    share = 1 - (choices[3] + choices[5]) / sum(choices)
+    choices = sum(len(tokens) - 1 for tokens in some["tokens"])
+    share = 1 - sum(unrecorded.values()) / choices
     assert [metrics["r3/coverage"] for (metrics,) in run.of_ranks("metrics")] == pytest.approx([share] * 2)
 
 

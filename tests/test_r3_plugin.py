@@ -311,10 +311,12 @@ class History:
             assert one.weight_version != next_one.weight_version
 
     def check_end(self) -> None:
-        """It can be trained on if each of its tokens has the row that it should have."""
+        """It can be trained on if each token has the row that it should have, up to the last that is trained on."""
         tokens = self.sample.tokens
         rows = self.known[: len(tokens) - 1]
-        good = self.sample.rollout_routed_experts is not None and [row[0] for row in rows] == tokens[:-1]
+        masked_out = "".join(map(str, self.sample.loss_mask or [])).rpartition("1")[2]
+        good = self.sample.rollout_routed_experts is not None and len(rows) >= len(tokens) - 1 - len(masked_out)
+        good = good and [row[0] for row in rows] == tokens[: len(rows)]
         if not good and self.args.r3_missing == "fail":
             with pytest.raises(PluginError, match="cannot be replayed"):
                 r3.receive_samples(self.args, [self.sample])
@@ -411,7 +413,7 @@ def test_a_sample_that_is_masked_out_already_needs_no_routing(earlier, missing, 
     assert caplog.records == []
     train_data = {"tokens": [sample.tokens for sample in (given_up, good, removed)]}
     r3.collect_train_data(args, [given_up, good, removed], train_data)
-    assert [rows for _, rows in train_data["rollout_routed_experts"]] == [0, 2, 2]
+    assert [int(rows) for _, rows, _ in train_data["rollout_routed_experts"]] == [0, 2, 2]
 
 
 @given(st.lists(st.sampled_from([None, *LOSSES]), min_size=1, max_size=6))
@@ -524,6 +526,7 @@ def test_bytes_are_counted_since_the_last_rollout():
     assert metrics["r3/bytes_per_token"] == 2 * TOPK * 2
     assert metrics["r3/receive_seconds"] > 0
     assert metrics["r3/samples_without_routing"] == 0
+    r3.collect_train_data(args, samples, {"tokens": [sample.tokens for sample in samples]})
     again = r3.rollout_metrics(args, samples)
     assert again["r3/wire_bytes_per_token"] == again["r3/receive_seconds"] == 0
 
@@ -563,8 +566,9 @@ def test_the_training_data_carries_which_sample_and_how_many_rows():
     r3.receive_samples(args, samples)
     train_data = {"tokens": [sample.tokens for sample in samples], "rollout_routed_experts": ["of slime"]}
     r3.collect_train_data(args, samples, train_data)
-    assert [each.tolist() for each in train_data["rollout_routed_experts"]] == [[0, 2], [1, 0], [2, 3]]
+    assert [each.tolist() for each in train_data["rollout_routed_experts"]] == [[0, 2, 3], [1, 0, 5], [2, 3, 4]]
     (shared,) = r3.share_train_data(args, Schedule([3, 5, 4], [[[2, 0], [1]]]))
+    assert shared.pop(r3.LAYOUT) == r3._layout(args)
     ((both, masked),) = shared.values()
     assert both.tolist()[:3] == rows_of(1, 0, 3).tolist()
     assert both.tolist()[4:6] == rows_of(1, 0, 2).tolist()
@@ -577,7 +581,29 @@ def test_what_is_shared_is_no_larger_than_the_routing():
     args = arguments()
     r3.collect_train_data(args, samples, {"tokens": [sample.tokens for sample in samples]})
     everything = r3.share_train_data(args, Schedule([64] * 4, [[[0], [1]], [[2], [3]]]))
-    assert [sum(cut.nbytes for cuts in shared.values() for cut in cuts) for shared in everything] == [2 * 64 * 8] * 2
+    cuts = [[cut for name, cuts in shared.items() if name != r3.LAYOUT for cut in cuts] for shared in everything]
+    assert [sum(cut.nbytes for cut in of_rank) for of_rank in cuts] == [2 * 64 * 8] * 2
+
+
+def test_a_conversation_may_end_on_what_no_engine_saw_if_it_is_masked():
+    """A tool's last answer: nothing after it is predicted, so its routing reaches no loss."""
+    args = arguments()
+    for loss_mask, fine in (([1, 1, 0, 0], True), ([1, 1, 0, 1], False), (None, False)):
+        sample = answered(5, 6, 7)
+        sample.tokens += [8, 9]
+        sample.loss_mask = loss_mask
+        if fine:
+            r3.receive_samples(args, [sample])
+            assert len(sample.rollout_routed_experts) == 2
+        else:
+            with pytest.raises(PluginError, match="its last tokens have none"):
+                r3.receive_samples(args, [sample])
+
+
+def test_a_response_without_slimes_arguments_says_what_to_do():
+    sample = a_sample(*range(3))
+    with pytest.raises(PluginError, match="without slime's arguments"):
+        r3.receive_response(None, sample, answer(sample, 1))
 
 
 def test_training_data_that_lost_or_changed_a_sample_is_refused():

@@ -527,6 +527,7 @@ def test_a_sample_of_the_schedules_other_rank_is_not_needed(trainer):
         r3._routing(trainer.args),
         False,
     )
+    shared[r3.LAYOUT] = r3._layout(trainer.args)
     mine = {
         "rollout_routed_experts": [whole["rollout_routed_experts"][3], whole["rollout_routed_experts"][1]],
         "micro_batch_indices": [[0], [1]],
@@ -740,6 +741,15 @@ def test_a_replaying_pass_on_a_model_that_was_never_bound_is_refused(trainer, st
 def test_the_critic_fetches_no_routing(monkeypatch):
     monkeypatch.setattr(r3, "_replay", None)
     r3.receive_train_data(arguments(), {}, Rank(), lambda names: pytest.fail("fetched"))
+
+
+def test_routing_that_was_cut_for_another_layout_is_refused(trainer):
+    """Zigzag and all-gather cut pieces of one size: nothing else would notice."""
+    trainer.receive(lengths=(4, 4), microbatches=((0, 1),))
+    other = arguments(allgather_cp=True)
+    with pytest.raises(PluginError, match="another layout") as caught:
+        r3.receive_train_data(trainer.args, trainer.data, Rank(), lambda names: [r3._layout(other) for _ in names])
+    assert "all_gather=True" in caught.value.facts["rollout manager"]
 
 
 def test_the_routing_must_reach_the_trainer(trainer):

@@ -397,9 +397,13 @@ def test_a_response_is_shown_before_slime_takes_it_over(active, meta_info):
 def test_plugins_add_to_the_metrics_of_a_rollout(active):
     shown = []
     active(rollout_metrics=lambda args, samples: shown.append((args, samples)) or {"mine/a": 2.0})
-    found = metrics.compute_metrics_from_samples(lambda args, samples: {"theirs": 1.0}, "args", ["sample"])
-    assert found == {"theirs": 1.0, "mine/a": 2.0}
+
+    def compute() -> dict[str, float]:
+        return metrics.compute_metrics_from_samples(lambda args, samples: {"theirs": 1.0}, "args", ["sample"])
+
+    assert metrics.log_rollout_data(compute) == {"theirs": 1.0, "mine/a": 2.0}
     assert shown == [("args", ["sample"])]
+    assert compute() == {"theirs": 1.0}, "slime computes those of an evaluation with the same function"
 
 
 def test_metrics_are_shown_as_they_are_logged(active):

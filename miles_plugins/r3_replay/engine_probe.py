@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from miles_plugins.errors import PluginError
-from miles_plugins.patches.sglang.routing import capturer
+from miles_plugins.patches.sglang.routing import capturer, switched_off
 from miles_plugins.r3_replay import wire
 from miles_plugins.r3_replay.trace import Routing
 
@@ -19,6 +19,8 @@ NEW_TOKENS = 2
 def capture_is_on() -> str:
     """Evidence from the scheduler process (sglang_scheduler)."""
     found = capturer()
+    if found is None and switched_off():  # were it the trained model's, the request below would come back without
+        return "records nothing: switched off for this server"
     if found is None:
         raise PluginError(
             "SGLang does not record routing in this scheduler",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SIDES = ("trainer", "rollout_manager", "sglang_scheduler")
 REPLAYING = ("log_prob", "train")  # the reference, the teacher and the critic route for themselves
+LAYOUT = "layout of the routing"
 REMEMBERED = 20  # steps whose share of different tokens a new one is compared with
 
 _log = logging.getLogger(__name__)
@@ -112,6 +113,12 @@ def receive_response(args: Namespace, sample: Any, meta_info: dict[str, Any]) ->
     text = meta_info.pop("routed_experts", None)
     if not text:
         return  # aborted while it was queued, say: what the sample has still belongs to the tokens it has
+    if args is None:
+        raise PluginError(
+            "a response's routing cannot be read without slime's arguments",
+            {"sample": sample.index},
+            "your rollout function must hand args to Sample.append_response_tokens",
+        )
     begun = time.perf_counter()
     try:
         sample.rollout_routed_experts, rows = _joined(args, sample, text, meta_info)
@@ -145,15 +152,13 @@ def rollout_metrics(args: Namespace, samples: Sequence[Any]) -> Mapping[str, flo
     traces = [trace for trace in found if isinstance(trace, RoutingTrace)]
     rows = sum(map(len, traces))
     last = sum(trace.spans[-1].end - trace.spans[-1].begin for trace in traces if trace.spans)
-    metrics = {
+    return {
         "r3/wire_bytes_per_token": _received["bytes"] / max(_received["rows"], 1),
         "r3/bytes_per_token": float(_routing(args).bytes_per_token),
         "r3/receive_seconds": _received["seconds"],
         "r3/samples_without_routing": float(len(found) - len(traces)),
         "r3/rows_of_earlier_weights": (rows - last) / max(rows, 1),
     }
-    _received.update(bytes=0, rows=0, seconds=0.0)
-    return metrics
 
 
 @hookimpl
@@ -187,10 +192,12 @@ def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict
             },
             "--custom-convert-samples-to-train-data-path must keep the samples, or r3 be left out",
         )
+    _received.update(bytes=0, rows=0, seconds=0.0)
     _traces[:] = [sample.rollout_routed_experts for sample in samples]
-    # The routing itself goes its own way, in `share_train_data`; slime carries which sample it is of, and its rows.
+    # The routing itself goes its own way, in `share_train_data`; slime carries which sample it is of, its rows, tokens.
     train_data["rollout_routed_experts"] = [
-        torch.tensor([number, 0 if trace is None else len(trace)]) for number, trace in enumerate(_traces)
+        torch.tensor([number, 0 if trace is None else len(trace), len(sample.tokens)])
+        for number, (trace, sample) in enumerate(zip(_traces, samples, strict=True))
     ]
 
 
@@ -198,7 +205,13 @@ def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict
 def share_train_data(args: Namespace, schedule: Schedule) -> Sequence[Mapping[str, Any]]:
     experts = [None if trace is None else trace.experts for trace in _traces]
     _traces.clear()
-    return shards.cut(experts, schedule, Packing.of(args), _routing(args), _by_layer(args))
+    cuts = shards.cut(experts, schedule, Packing.of(args), _routing(args), _by_layer(args))
+    return [{**of_rank, LAYOUT: _layout(args)} for of_rank in cuts]
+
+
+def _layout(args: Namespace) -> str:
+    """What a rank's cut depends on: two layouts may cut pieces of one size, with other tokens in them."""
+    return repr((Packing.of(args), _routing(args), _by_layer(args)))
 
 
 def _by_layer(args: Namespace) -> bool:
@@ -217,9 +230,17 @@ def _trace_or_problem(args: Namespace, sample: Any) -> RoutingTrace | PluginErro
         if found is None:
             raise refused(name, "there is none", "no routed_experts", f"{len(sample.tokens) - 1} rows")
         trace = found if isinstance(found, RoutingTrace) else _from_tensor(args, sample)
-        return trace.of(sample.tokens, name)
+        return trace.of(sample.tokens, name, _needed_rows(sample))
     except PluginError as problem:
         return problem
+
+
+def _needed_rows(sample: Any) -> int:
+    """Rows up to the last token that is trained on: what is routed after it reaches no loss."""
+    rows = max(len(sample.tokens) - 1, 0)
+    mask = sample.loss_mask or []
+    masked_out = next((number for number, trained in enumerate(reversed(mask)) if trained), len(mask))
+    return max(rows - masked_out, 0)
 
 
 def _from_tensor(args: Namespace, sample: Any) -> RoutingTrace:
@@ -242,6 +263,7 @@ def _from_tensor(args: Namespace, sample: Any) -> RoutingTrace:
 def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
     global _replay
     if role == "actor":
+        refusals.check(args)  # these are the actor's own, with what --megatron-config-path says
         layers = _routing(args).layers
         replay = Replay(model, layers, args.r3_measure_only)
         _require_all(layers, replay.local_layers)
@@ -263,7 +285,14 @@ def receive_train_data(
             {"fields": ", ".join(rollout_data)},
             "with --load-debug-rollout-data, the dump must come from a run with r3",
         )
-    numbers = [int(number) for number, _ in rollout_data["rollout_routed_experts"]]
+    _shard = None  # its arrays are Ray's memory: never two rollouts at once
+    if (found := fetch([LAYOUT])[0]) != _layout(args):
+        raise PluginError(
+            "the routing was cut for another layout than this trainer's",
+            {"rollout manager": found, "trainer": _layout(args)},
+            "give the parallel layout on the command line, for all processes, not in --megatron-config-path",
+        )
+    numbers = [int(handle[0]) for handle in rollout_data["rollout_routed_experts"]]
     microbatches = [[numbers[local] for local in samples] for samples in rollout_data["micro_batch_indices"]]
     names = shards.names(rank, Packing.of(args), _replay.local_layers, _by_layer(args))
     _shard = shards.Shard(microbatches, fetch(names), _by_layer(args))
@@ -302,15 +331,16 @@ def microbatch_begins(microbatch: Microbatch) -> None:
     assert _shard is not None, "a replaying pass runs on received training data"
     begun = time.perf_counter()
     handles = [handle.tolist() for handle in microbatch.batch["rollout_routed_experts"]]
+    numbers, rows, tokens_then = zip(*handles, strict=True)
     lengths = [len(tokens) for tokens in microbatch.batch["unconcat_tokens"]]
-    if any(rows not in (0, length - 1) for (_, rows), length in zip(handles, lengths, strict=True)):
+    if list(tokens_then) != lengths:
         raise PluginError(
             "the recorded routing of a microbatch does not belong to its tokens",
-            {"tokens": lengths, "rows of routing": [rows for _, rows in handles]},
+            {"tokens": lengths, "in the rollout": list(tokens_then), "rows of routing": list(rows)},
             "whatever changes the samples after the rollout must change their routing with them",
         )
-    indices = _shard.take([number for number, _ in handles], microbatch.positions.device)
-    tokens, recorded = shards.which_count(lengths, [rows for _, rows in handles], microbatch.positions)
+    indices = _shard.take(numbers, microbatch.positions.device)
+    tokens, recorded = shards.which_count(lengths, rows, microbatch.positions)
     mine = Recorded(indices, recorded, tokens, microbatch.chunk)
     microbatch.values["r3_replay"] = mine
     _replay.add(mine)
@@ -344,6 +374,7 @@ def pass_ends(args: Namespace, stage: str, model: Sequence[Any], error: BaseExce
     if error is not None:
         return
     counts = _sum_over_ranks(_replay.counts(), model)
+    _replay.forget()
     total = counts.sum(dim=0)
     if total[REPLAYED] != total[RECORDED]:
         raise PluginError(

@@ -114,6 +114,10 @@ class Replay:
         """The pass ended: routers choose for themselves again."""
         self.active = False
 
+    def forget(self) -> None:
+        """The pass was counted: nothing of it stays on the device."""
+        self._begin()
+
     def add(self, microbatch: Recorded) -> None:
         """The forward pass of one microbatch, through one model chunk, is about to run."""
         recorded, tokens = microbatch.recorded.sum(), microbatch.tokens.sum()
@@ -179,12 +183,13 @@ class Replay:
         import torch
 
         counts = torch.zeros(self._layers, 4, dtype=torch.float64)
-        for passed in self._passed:
+        pairs = [torch.stack((passed.recorded, passed.tokens)) for passed in self._passed]
+        sums = torch.stack(pairs).tolist() if pairs else []  # the device is waited for once
+        for passed, (recorded, tokens) in zip(self._passed, sums, strict=True):
             for layer in self._of_chunk[passed.chunk]:
-                recorded = int(passed.recorded)
                 counts[layer, REPLAYED] += recorded * (layer in passed.replayed)
                 counts[layer, RECORDED] += recorded
-                counts[layer, TOKENS] += int(passed.tokens)
+                counts[layer, TOKENS] += tokens
         for layer, different in self._different.items():
             counts[layer, DIFFERENT] = int(torch.stack(different).sum())
         return counts

@@ -137,13 +137,13 @@ def which_count(
     """Two masks over `positions`, [tokens] bool on their device.
 
     The tokens that have a choice: neither padding nor the last of a sample, which was never forwarded. And those of
-    them whose sample has a record (`rows` is not 0).
+    them with a record: the first `rows` of each sample.
     """
     import torch
 
     counts = torch.ones(sum(lengths), dtype=torch.bool)
     counts[torch.tensor(lengths).cumsum(0) - 1] = False
-    known = torch.tensor([count > 0 for count in rows]).repeat_interleave(torch.tensor(lengths))
+    known = torch.cat([torch.arange(length) < count for length, count in zip(lengths, rows, strict=True)])
     both = torch.stack([counts, counts & known]).to(positions.device, non_blocking=True)[:, positions]
     tokens, recorded = both & (positions >= 0)
     return tokens, recorded

@@ -135,19 +135,24 @@ class RoutingTrace:
         spans = tuple(Span(s.begin, min(s.end, rows), s.weight_version) for s in self.spans if s.begin < rows)
         return RoutingTrace(self.experts[:rows], self.tokens[:rows], spans)
 
-    def of(self, tokens: Sequence[int], sample: str) -> RoutingTrace:
+    def of(self, tokens: Sequence[int], sample: str, needed: int | None = None) -> RoutingTrace:
         """The rows of a sample that has these tokens now: all of them, or fewer if its end was trimmed.
+
+        Args:
+            needed: how many rows there must be; by default one for each token but the last. After them nothing is
+                trained on: a conversation may end on a tool's answer that no engine ever saw.
 
         Raises:
             PluginError: tokens without a row, or rows of other tokens.
         """
         rows = max(len(tokens) - 1, 0)
+        needed = rows if needed is None else needed
         shared = self._shared(tokens)
         if shared < min(rows, len(self)):
             raise refused(sample, "it belongs to other tokens", *_difference(self.tokens, tokens, shared))
-        if len(self) < rows:
-            raise refused(sample, "its last tokens have none", f"{len(self)} rows", f"{rows} rows")
-        return self if len(self) == rows else self.head(rows)
+        if len(self) < needed:
+            raise refused(sample, "its last tokens have none", f"{len(self)} rows", f"{needed} rows")
+        return self if len(self) <= rows else self.head(rows)
 
     def _shared(self, tokens: Sequence[int]) -> int:
         """How many first rows belong to the same tokens."""

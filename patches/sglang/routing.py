@@ -118,6 +118,12 @@ class Rows:
 
 
 _plan: Plan | None = None  # of the model whose capturer is being made
+_switched_off = False
+
+
+def switched_off() -> bool:
+    """Whether this server was told not to record: in --sglang-config, for a frozen model beside the trained one."""
+    return _switched_off
 
 
 def plan_of_this_model() -> Plan | None:
@@ -127,9 +133,10 @@ def plan_of_this_model() -> Plan | None:
 
 def record_the_target(original: Callable[..., None], self: Any) -> None:
     """Make the capturer, of the target model only: a draft model runs in the same process and after it."""
-    global _plan
+    global _plan, _switched_off
     argument = sglang_routing.final_arguments(self.server_args)
     if not argument("enable_return_routed_experts"):
+        _switched_off = True
         original(self)
         return
     if self.is_draft_worker:
@@ -173,7 +180,8 @@ def _make_plan(runner: Any, argument: Callable[[str], Any]) -> Plan:
                 "routers": f"{len(routers)}, in {len(set(layers) - {None})} layers",
                 "without layer_id": f"{len(nameless)}, such as {nameless[0]}" if nameless else None,
             },
-            "this model needs an SGLang in which each MoE layer has one TopK with its layer_id",
+            "this model needs an SGLang in which each MoE layer has one TopK with its layer_id; for a frozen model in "
+            "--sglang-config set enable_return_routed_experts: false in its overrides",
         )
     kernels = {name: sglang_routing.unrecorded_choice(router, runner.device) for name, router in routers.items()}
     inside = [f"{name}: {kernel}" for name, kernel in kernels.items() if kernel is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from miles_plugins.activation import current
@@ -16,8 +17,22 @@ def log(original: Callable[..., Any], args: Any, metrics: Any, step_key: str) ->
     return result
 
 
+_of_rollout: ContextVar[bool] = ContextVar("of_rollout", default=False)
+
+
+def log_rollout_data(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """slime computes the metrics of an evaluation with the same function."""
+    token = _of_rollout.set(True)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _of_rollout.reset(token)
+
+
 def compute_metrics_from_samples(original: Callable[..., Any], args: Any, samples: Any) -> Any:
     metrics = original(args, samples)
+    if not _of_rollout.get():
+        return metrics
     for added in current().hook.rollout_metrics(args=args, samples=samples):
         metrics.update(added)
     return metrics
@@ -44,6 +59,15 @@ SEAMS = (
         name="rollout metrics",
         hooks=("rollout_metrics",),
         patches=(
+            Patch(
+                id="slime.metrics.of-rollout",
+                target="slime.ray.rollout:_log_rollout_data",
+                wrap=log_rollout_data,
+                roles=frozenset({"rollout_manager"}),
+                reason="slime computes the metrics of a rollout and of an evaluation with one function",
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/ray/rollout.py",
+                retire_when="slime takes metrics from several functions",
+            ),
             Patch(
                 id="slime.metrics.rollout",
                 target="slime.ray.rollout:compute_metrics_from_samples",

@@ -77,7 +77,7 @@ def process_rollout_data(
     original: Callable[..., Any], args: Any, rollout_data_ref: Sequence[Any], dp_rank: int, dp_size: int
 ) -> Any:
     rollout_data = original(args, rollout_data_ref, dp_rank, dp_size)
-    fetch = _fetcher(rollout_data_ref[dp_rank].shared)
+    fetch = _fetcher(getattr(rollout_data_ref[dp_rank], "shared", None))
     current().hook.receive_train_data(args=args, rollout_data=rollout_data, rank=_rank(dp_rank), fetch=fetch)
     return rollout_data
 
@@ -86,7 +86,7 @@ def _fetcher(reference: Any) -> Callable[[Sequence[str]], list[Any]]:
     def fetch(names: Sequence[str]) -> list[Any]:
         import ray
 
-        shared: Mapping[str, Any] = ray.get(reference)
+        shared: Mapping[str, Any] = {} if reference is None else ray.get(reference)
         if missing := [name for name in names if name not in shared]:
             raise PluginError(
                 "data that a rank asks for was not shared with it",

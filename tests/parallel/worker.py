@@ -227,16 +227,7 @@ class Case:
 
         rollout = self.case["rollouts"][number]
         self.observer.rollout = number
-        samples = [
-            SimpleNamespace(
-                index=index,
-                tokens=tokens,
-                rollout_routed_experts=None if trace is None else self._rows(trace),
-                weight_versions=["1"],
-                remove_sample=False,
-            )
-            for index, (tokens, trace) in enumerate(zip(rollout["tokens"], rollout["traces"], strict=True))
-        ]
+        samples = [self._sample(index, rollout) for index in range(len(rollout["tokens"]))]
         self.hook.receive_samples(args=self.args, samples=samples)
         train_data: dict[str, Any] = {"tokens": rollout["tokens"]}
         self.hook.collect_train_data(args=self.args, samples=samples, train_data=train_data)
@@ -260,15 +251,31 @@ class Case:
 
         rank = Rank(data_rank, mpu.get_context_parallel_rank(), mpu.get_tensor_model_parallel_rank())
         self.hook.receive_train_data(args=self.args, rollout_data=data, rank=rank, fetch=fetch)
-        self.results["asked"] = asked
-        self.results["shared"] = sorted(shared[data_rank])
+        self.results["asked"] = [name for name in asked if name != r3.LAYOUT]
+        self.results["shared"] = sorted(set(shared[data_rank]) - {r3.LAYOUT})
         self.data = data
         self.steps = rollout["steps"]
         self.iterators = self._iterators(data)
 
-    def _rows(self, trace: list[Any]) -> torch.Tensor:
-        layers = len(trace[0]) if trace else len(moe_layers(self.args.num_layers, self.args.moe_layer_freq))
-        return torch.tensor(trace, dtype=torch.int32).reshape(len(trace), layers, self.args.moe_router_topk)
+    def _sample(self, index: int, rollout: dict[str, Any]) -> SimpleNamespace:
+        """What slime knows of a sample whose engine sent this routing; tokens behind it are a tool's answer."""
+        tokens, trace = rollout["tokens"][index], rollout["traces"][index]
+        sample = SimpleNamespace(
+            index=index,
+            tokens=tokens,
+            rollout_routed_experts=None,
+            weight_versions=["1"],
+            remove_sample=False,
+            loss_mask=None,
+        )
+        if trace is not None:
+            layers = len(moe_layers(self.args.num_layers, self.args.moe_layer_freq))
+            experts = torch.tensor(trace, dtype=torch.uint8).reshape(len(trace), layers, self.args.moe_router_topk)
+            sent = {"routed_experts": self.hook.encode_routed_experts(experts=experts), "weight_version": "1"}
+            sample.tokens = tokens[: len(trace) + 1]
+            self.hook.receive_response(args=self.args, sample=sample, meta_info=sent)
+            sample.tokens, sample.loss_mask = tokens, [1] * len(trace) + [0] * (len(tokens) - 1 - len(trace))
+        return sample
 
     def _iterators(self, data: dict[str, Any]) -> list[Any]:
         return [slime_like.DataIterator(data, data["micro_batch_indices"]) for _ in range(self.layout["virtual"] or 1)]
@@ -396,7 +403,7 @@ def run(kind: type[Case], case: dict[str, Any], activation: Activation, rank: in
             return running.run()
         finally:
             # Its wrapper and the hooks of its gradients hold each other where Python does not see it.
-            for chunk in running.model:
+            for chunk in (*running.model, *(running.other or ())):
                 vars(chunk).clear()
 
 
