@@ -15,14 +15,18 @@ PIN ?= -c tests/upstream-constraints.txt
 quickstart: $(VENV)/embedded
 	$(BIN)/slime-train --embedded --plugins r3
 
+# Files of tests are shared out among two processes; `make test JOBS=1` for one.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 # The tests that need no checkout of slime.
 test: $(VENV)/test
-	$(BIN)/python -m pytest -m "not upstream"
+	$(PYTEST) -m "not upstream"
 	@echo "not run: the tests of the real stack; clone slime and Megatron-LM (CONTRIBUTING.md), then: make test-upstream"
 
 # All tests, the real stack included (CONTRIBUTING.md says where the checkouts go).
 test-upstream: $(VENV)/upstream
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

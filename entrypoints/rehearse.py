@@ -396,6 +396,7 @@ def judge(
     *,
     trainers: int = 1,
     engines: int = 1,
+    measure_only: bool = False,
 ) -> list[str]:
     """Why the rehearsal failed; nothing if all of it held. `exit_code` is slime's, None if it had to be stopped."""
     reasons = []
@@ -403,12 +404,12 @@ def judge(
         reasons.append("slime did not end by itself")
     elif exit_code != 0:
         reasons.append(f"slime ended with exit code {exit_code}")
-    reasons += _judge_steps(metrics, rollouts, replays="r3_replay" in plugins)
+    reasons += _judge_steps(metrics, rollouts, coverage=float(not measure_only) if "r3_replay" in plugins else None)
     reasons += _judge_processes(processes, trainers, engines)
     return reasons
 
 
-def _judge_steps(metrics: Sequence[Mapping[str, Any]], rollouts: int, *, replays: bool) -> list[str]:
+def _judge_steps(metrics: Sequence[Mapping[str, Any]], rollouts: int, *, coverage: float | None) -> list[str]:
     reasons = []
     collected, training = steps_of(metrics, "rollout/step"), steps_of(metrics, "train/step")
     for what, steps in [("collected", collected), ("trained on", training)]:
@@ -419,9 +420,9 @@ def _judge_steps(metrics: Sequence[Mapping[str, Any]], rollouts: int, *, replays
         grad_norm = values.get("train/grad_norm")
         if grad_norm is None or not math.isfinite(grad_norm) or grad_norm <= 0:
             reasons.append(f"rollout {step}: the gradient norm is {grad_norm}, not a positive number")
-        coverage = {**collected.get(step, {}), **values}.get("train/r3/coverage")
-        if replays and coverage != 1.0:
-            reasons.append(f"rollout {step}: {percent(coverage)} of the routing was replayed, not 100 %")
+        found = {**collected.get(step, {}), **values}.get("train/r3/coverage")
+        if coverage is not None and found != coverage:
+            reasons.append(f"rollout {step}: {percent(found)} of the routing was replayed, not {percent(coverage)}")
     return reasons
 
 
@@ -731,6 +732,7 @@ def conduct(
         rehearsal.plugins,
         trainers=rehearsal.trainers,
         engines=rehearsal.engines,
+        measure_only="--r3-measure-only" in rehearsal.extra_flags,
     )
     if stopped:
         reasons[0] = stopped[1]  # says more than "did not end by itself"

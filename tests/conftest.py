@@ -1,10 +1,12 @@
-"""Where the real upstream is: checkouts of slime and Megatron-LM, exported at the tag and pin that the tests need."""
+"""What tests share: the real upstream, exported at the tag and pin that they need, and a folder of plugins."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tarfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +15,11 @@ import pytest
 
 SLIME = ("SLIME_HOME", "~/slime", "v0.3.1")
 MEGATRON = ("MEGATRON_HOME", "~/Megatron-LM", "1dcf0dafa884ad52ffb243625717a3471643e087")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two workers (`make test`), one begins with the longest file: else it is left alone with it at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_upstream"))
 
 
 def export(checkout: tuple[str, str, str], folder: Path) -> Path:
@@ -47,3 +54,16 @@ def upstream_path(slime: Path, megatron: Path) -> str:
     if missing:
         pytest.skip(f"the upstream tier needs {', '.join(missing)} (see CONTRIBUTING.md)")
     return os.pathsep.join([str(slime), str(megatron)])
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on sys.path; what is imported from it is forgotten after the test."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]

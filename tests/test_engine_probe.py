@@ -97,3 +97,13 @@ def test_missing_or_wrong_routing_stops_the_run(serve: Callable[..., str], where
 def test_no_answer_is_an_error_of_ours(serve: Callable[..., str]) -> None:
     with pytest.raises(PluginError, match="got no answer"):
         engine_probe.routing_arrives(ROUTING, serve(WHOLE), ["http://127.0.0.1:9"])
+
+
+def test_a_server_that_was_told_not_to_record_is_no_failure_but_one_that_lost_its_record_is(monkeypatch) -> None:
+    """The reference's servers, in --sglang-config, record nothing; the trained model's must."""
+    monkeypatch.setattr(engine_probe, "capturer", lambda: None)
+    monkeypatch.setattr(engine_probe, "switched_off", lambda: True)
+    assert engine_probe.capture_is_on() == "records nothing: switched off for this server"
+    monkeypatch.setattr(engine_probe, "switched_off", lambda: False)
+    with pytest.raises(PluginError, match="does not record routing in this scheduler"):
+        engine_probe.capture_is_on()

@@ -80,19 +80,6 @@ OTHER = "raise RuntimeError('imported')\n"
 
 
 @pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder on sys.path; what is imported from it is forgotten after the test."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-    yield folder
-    for name in set(sys.modules) - before:
-        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-@pytest.fixture
 def lengths(site):
     """A third party's distribution of two plugins, one of which breaks whoever imports it."""
     write(site / "lengths.py", COUNT_LENGTHS.lstrip())

@@ -51,19 +51,6 @@ def distribution(folder: Path, name: str, plugins: dict[str, str], version: str 
     return folder
 
 
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder on sys.path; what is imported from it is forgotten after the test."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-    yield folder
-    for name in set(sys.modules) - before:
-        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
 def calls_in_order(*names: str, **declared) -> tuple[Plugins, list[str]]:
     """Plugins whose `pass_begins` says who was called."""
     called: list[str] = []

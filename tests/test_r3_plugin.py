@@ -84,6 +84,14 @@ def answered(*tokens: int, index: int = 7, response: int = 1, version: str = "1"
     return sample
 
 
+def converted(*samples: Any) -> dict[str, Any]:
+    """slime's training data of these samples, one token of each trained on."""
+    return {
+        "tokens": [sample.tokens for sample in samples],
+        "loss_masks": [[0] if sample.remove_sample else [1] for sample in samples],
+    }
+
+
 def versions_in(trace: RoutingTrace) -> list[str]:
     return [span.weight_version for span in trace.spans for _ in range(span.begin, span.end)]
 
@@ -317,12 +325,14 @@ class History:
         masked_out = "".join(map(str, self.sample.loss_mask or [])).rpartition("1")[2]
         good = self.sample.rollout_routed_experts is not None and len(rows) >= len(tokens) - 1 - len(masked_out)
         good = good and [row[0] for row in rows] == tokens[: len(rows)]
-        if not good and self.args.r3_missing == "fail":
+        trained_on = self.sample.loss_mask is None or any(self.sample.loss_mask)
+        if not good and trained_on and self.args.r3_missing == "fail":
             with pytest.raises(PluginError, match="cannot be replayed"):
                 r3.receive_samples(self.args, [self.sample])
             return
         r3.receive_samples(self.args, [self.sample])
-        assert self.sample.remove_sample is not good
+        assert self.sample.remove_sample == (trained_on and not good)
+        assert (self.sample.rollout_routed_experts is not None) == good
         if good:
             assert self.of(self.sample.rollout_routed_experts) == rows
 
@@ -411,9 +421,36 @@ def test_a_sample_that_is_masked_out_already_needs_no_routing(earlier, missing, 
     assert [sample.rollout_routed_experts is None for sample in (given_up, good, removed)] == [True, False, False]
     assert [sample.remove_sample for sample in (given_up, good, removed)] == [True, False, True]
     assert caplog.records == []
-    train_data = {"tokens": [sample.tokens for sample in (given_up, good, removed)]}
+    train_data = converted(given_up, good, removed)
     r3.collect_train_data(args, [given_up, good, removed], train_data)
     assert [int(rows) for _, rows, _ in train_data["rollout_routed_experts"]] == [0, 2, 2]
+
+
+@pytest.mark.parametrize("missing", ["fail", "drop"])
+def test_a_sample_of_which_nothing_is_trained_on_needs_no_routing(missing, caplog):
+    """slime's dynamic filters and multi-turn code mask whole samples by their loss mask."""
+    masked = a_sample(5, 6, 7)
+    masked.loss_mask = [0, 0]
+    args = arguments(r3_missing=missing)
+    r3.receive_samples(args, [masked])
+    assert (masked.rollout_routed_experts, masked.remove_sample, caplog.records) == (None, False, [])
+    train_data = {"tokens": [masked.tokens], "loss_masks": [masked.loss_mask]}
+    r3.collect_train_data(args, [masked], train_data)
+    assert train_data["rollout_routed_experts"][0].tolist() == [0, 0, 3]
+
+
+def test_a_dropped_sample_that_is_trained_on_all_the_same_is_refused():
+    """A user's own conversion may not know of remove_sample."""
+    lost, good = a_sample(5, 6, 7, index=41), answered(5, 6, 7, index=42)
+    args = arguments(r3_missing="drop")
+    r3.receive_samples(args, [lost, good])
+    train_data = {"tokens": [lost.tokens, good.tokens], "loss_masks": [[0, 1], [1, 1]]}
+    with pytest.raises(PluginError, match="experts that no rollout used") as caught:
+        r3.collect_train_data(args, [lost, good], train_data)
+    assert caught.value.facts["samples"] == "sample 41"
+    train_data["loss_masks"][0] = [0, 0]
+    r3.collect_train_data(args, [lost, good], train_data)
+    assert len(r3._traces) == 2
 
 
 @given(st.lists(st.sampled_from([None, *LOSSES]), min_size=1, max_size=6))
@@ -510,6 +547,23 @@ def test_a_plain_tensor_of_another_shape_is_refused(shape):
         r3.receive_samples(arguments(), [sample])
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (torch.zeros(2, LAYERS, TOPK), "its ids are no integers"),
+        (torch.zeros(2, LAYERS, TOPK, dtype=torch.bool), "its ids are no integers"),
+        ([[[1, 2]], [[1]]], "it is no tensor"),
+        ("abc", "it is no tensor"),
+    ],
+    ids=["float", "bool", "ragged", "text"],
+)
+def test_what_holds_no_ids_is_refused_by_name(made, said):
+    sample = a_sample(5, 6, 7)
+    sample.rollout_routed_experts = made
+    with pytest.raises(PluginError, match=f"sample 7.*{said}"):
+        r3.receive_samples(arguments(), [sample])
+
+
 # -- metrics ---------------------------------------------------------------------------------------------------------
 
 
@@ -526,7 +580,7 @@ def test_bytes_are_counted_since_the_last_rollout():
     assert metrics["r3/bytes_per_token"] == 2 * TOPK * 2
     assert metrics["r3/receive_seconds"] > 0
     assert metrics["r3/samples_without_routing"] == 0
-    r3.collect_train_data(args, samples, {"tokens": [sample.tokens for sample in samples]})
+    r3.collect_train_data(args, samples, converted(*samples))
     again = r3.rollout_metrics(args, samples)
     assert again["r3/wire_bytes_per_token"] == again["r3/receive_seconds"] == 0
 
@@ -564,7 +618,7 @@ def test_the_training_data_carries_which_sample_and_how_many_rows():
     args = arguments(r3_missing="drop")
     samples = [answered(*range(3), index=30), a_sample(*range(5), index=31), answered(*range(4), index=32)]
     r3.receive_samples(args, samples)
-    train_data = {"tokens": [sample.tokens for sample in samples], "rollout_routed_experts": ["of slime"]}
+    train_data = {**converted(*samples), "rollout_routed_experts": ["of slime"]}
     r3.collect_train_data(args, samples, train_data)
     assert [each.tolist() for each in train_data["rollout_routed_experts"]] == [[0, 2, 3], [1, 0, 5], [2, 3, 4]]
     (shared,) = r3.share_train_data(args, Schedule([3, 5, 4], [[[2, 0], [1]]]))
@@ -579,7 +633,7 @@ def test_the_training_data_carries_which_sample_and_how_many_rows():
 def test_what_is_shared_is_no_larger_than_the_routing():
     samples = [answered(*range(64), index=number) for number in range(4)]
     args = arguments()
-    r3.collect_train_data(args, samples, {"tokens": [sample.tokens for sample in samples]})
+    r3.collect_train_data(args, samples, converted(*samples))
     everything = r3.share_train_data(args, Schedule([64] * 4, [[[0], [1]], [[2], [3]]]))
     cuts = [[cut for name, cuts in shared.items() if name != r3.LAYOUT for cut in cuts] for shared in everything]
     assert [sum(cut.nbytes for cut in of_rank) for of_rank in cuts] == [2 * 64 * 8] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 import weakref
@@ -103,20 +104,22 @@ def test_each_router_takes_the_routing_of_its_layer():
     chunks = [model(1, 2, dense=(1,)), model(5, 6, dense=(6,))]  # one rank of a pipeline, two virtual stages
     replay = Replay(chunks, layers=[1, 2, 4])  # global indices; layer 2 is on another rank
     assert replay.local_layers == [0, 2]
-    microbatch = recorded(layers=2)  # of this rank's layers only
-    second, fifth = routers(*chunks)
-    assert torch.equal(select(replay, second, microbatch)[1], microbatch.indices[0].long())
-    assert torch.equal(select(replay, fifth, microbatch)[1], microbatch.indices[1].long())
+    assert [replay.rows_of(chunk) for chunk in (0, 1)] == [[0], [1]]
+    for chunk, router in enumerate(routers(*chunks)):
+        microbatch = recorded(layers=1, chunk=chunk, seed=chunk)  # of this chunk's layers only
+        assert torch.equal(select(replay, router, microbatch)[1], microbatch.indices[0].long())
 
 
 def test_routing_is_in_the_order_of_the_layers_whatever_the_order_of_the_chunks():
-    chunks = [model(3), model(1)]
-    replay = Replay(chunks, layers=[0, 1, 2])
-    assert replay.local_layers == [0, 2]
-    microbatch = recorded(layers=2)
-    third, first = routers(*chunks)
-    assert torch.equal(select(replay, first, microbatch)[1], microbatch.indices[0].long())
-    assert torch.equal(select(replay, third, microbatch)[1], microbatch.indices[1].long())
+    chunks = [model(4, 3), model(2, 1)]  # a provider may build them in any order
+    replay = Replay(chunks, layers=[0, 1, 2, 3])
+    assert replay.local_layers == [0, 1, 2, 3]
+    assert [replay.rows_of(chunk) for chunk in (0, 1)] == [[2, 3], [0, 1]]
+    for chunk in (0, 1):
+        microbatch = recorded(layers=2, chunk=chunk, seed=chunk)
+        later, earlier = routers(chunks[chunk])
+        assert torch.equal(select(replay, earlier, microbatch)[1], microbatch.indices[0].long())
+        assert torch.equal(select(replay, later, microbatch)[1], microbatch.indices[1].long())
 
 
 def test_a_rank_without_routers_replays_nothing():
@@ -423,7 +426,8 @@ class Trainer:
             )
             for tokens, rows in zip(self.tokens, self.traces, strict=True)
         ]
-        self.data = {"tokens": self.tokens}
+        masks = [[int(rows is not None)] * len(tokens) for tokens, rows in zip(self.tokens, self.traces, strict=True)]
+        self.data = {"tokens": self.tokens, "loss_masks": masks}
         r3.collect_train_data(self.args, samples, self.data)
         self.data["micro_batch_indices"] = [list(samples) for samples in microbatches]
         (shared,) = r3.share_train_data(self.args, Schedule(lengths, [self.data["micro_batch_indices"]]))
@@ -651,6 +655,55 @@ def test_measuring_leaves_every_choice_and_finds_what_replay_finds(build_trainer
     assert shares[0] == shares[1]
 
 
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_trained_on_is_let_go_and_the_rest_stays(build_trainer):
+    """Two optimizer steps; the log-prob pass before them needs all of it, and lets nothing go."""
+    trainer = build_trainer()
+    trainer.receive(lengths=(6, 6), microbatches=((0,), (1,)))
+    held = [weakref.ref(part) for parts in r3._shard._cuts.values() for part in parts]
+    trainer.enter("log_prob")
+    for number in (0, 1):
+        trainer.begin(number)
+        for router in trainer.routers:
+            ask(router)
+    trainer.end("log_prob")
+    for number, left in ((0, [False, True]), (1, [False, False])):
+        trainer.enter()
+        microbatch = trainer.begin(number)
+        for router in trainer.routers:
+            ask(router)
+        trainer.end()
+        set_current(None)
+        del microbatch
+        gc.collect()
+        assert [part() is not None for part in held] == left
+    trainer.enter()
+    with pytest.raises(PluginError, match="or was trained on before"):
+        trainer.begin(0)
+    trainer.end(error=PluginError("above"))
+
+
+def test_what_was_counted_is_not_kept_on_the_device(trainer):
+    trainer.step()
+    assert (r3._replay._passed, r3._replay._different) == ([], {})
+
+
+def test_a_step_that_raised_keeps_its_routing(trainer):
+    trainer.enter()
+    trainer.begin()
+    trainer.end(error=RuntimeError("out of memory"))
+    assert trainer.step()["r3/coverage"] == 1.0
+
+
+def test_a_pass_before_any_data_says_so(trainer):
+    r3._shard = None
+    with pytest.raises(PluginError, match="before any training data came"):
+        trainer.enter()
+    assert not r3._replay.active
+
+
 # -- a jump ----------------------------------------------------------------------------------------------------------
 
 BY_LAYER = {0: 0.1, 5: 0.9}
@@ -701,6 +754,7 @@ def test_a_run_warns_at_the_step_that_jumps_and_only_there(trainer, caplog):
             chosen = trainer.traces[0][:, layer].long()
             scores[layer][torch.arange(TOKENS - 1)[:, None], chosen] = -1.0 if different else 1.0
         trainer.step(*scores)
+        trainer.receive()
 
     for _ in range(r3.REMEMBERED + 3):
         step(different=False)
@@ -715,7 +769,26 @@ def test_a_run_warns_at_the_step_that_jumps_and_only_there(trainer, caplog):
     assert len(caplog.records) == 1
 
 
+def test_the_warning_is_of_one_rank(trainer, caplog, monkeypatch):
+    scores = [torch.zeros(8, EXPERTS) for _ in range(2)]
+    for layer in range(2):
+        scores[layer][torch.arange(TOKENS - 1)[:, None], trainer.traces[0][:, layer].long()] = -1.0
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank, warnings in ((1, 0), (0, 1)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        trainer.step(*scores)
+        trainer.receive()
+        assert len(caplog.records) == warnings
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_what_only_the_actors_own_arguments_say_is_refused_too(trainer):
+    """--megatron-config-path changes the actor's arguments after the driver has checked the command line's."""
+    with pytest.raises(ArgumentError, match="cannot work with these arguments") as caught:
+        r3.model_built(args=arguments(moe_router_fusion=True), model=[model(1, 2)], role="actor")
+    assert set(caught.value.facts) == {"--moe-router-fusion"}
 
 
 def test_the_critic_is_not_bound_and_its_passes_are_natural(trainer):

@@ -7,6 +7,7 @@ is another test. Ray is real where it appears.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -224,11 +225,22 @@ def test_half_written_files_are_read_as_far_as_they_go(tmp_path: Path) -> None:
     assert module.read_processes(processes) == []
 
 
+def test_measuring_only_must_replay_nothing() -> None:
+    """A rehearsal of what r3 would change: full coverage would mean that it changed it."""
+    none = metrics_of(3)
+    for record in none:
+        if "train/r3/coverage" in record["metrics"]:
+            record["metrics"]["train/r3/coverage"] = 0.0
+    assert verdict(metrics=none, measure_only=True) == []
+    assert len(verdict(metrics=none)) == 3
+    assert verdict(measure_only=True)[0] == "rollout 0: 100 % of the routing was replayed, not 0.000 %"
+
+
 def test_a_loss_that_is_no_number_fails_the_rehearsal(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     numbers = {"train/step": 0, "train/grad_norm": "nan"}
     file.write_text(json.dumps({"time": 1.0, "step_key": "train/step", "metrics": numbers}) + "\n")
-    reasons = module._judge_steps(read_metrics(file), 1, replays=False)
+    reasons = module._judge_steps(read_metrics(file), 1, coverage=None)
     assert any("nan" in reason for reason in reasons)
 
 
@@ -762,6 +774,16 @@ def test_an_interruption_after_slime_ended_counts(rehearsal: Rehearsal, monkeypa
         outcome = module.conduct(rehearsal, display, command=fake_slime("good"), with_ray=False)
     assert outcome.exit_code == 130
     assert outcome.reasons == ["interrupted by SIGINT; it was starting slime"]
+
+
+def test_measuring_only_is_judged_as_such(rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "judge", lambda *_, measure_only, **__: [str(measure_only)])
+    rehearsal.folder.mkdir()
+    for flags in ((), ("--r3-measure-only",)):
+        measuring = dataclasses.replace(rehearsal, extra_flags=flags)
+        with Display(Console(stderr=True), rehearsal.rollouts) as display:
+            outcome = module.conduct(measuring, display, command=fake_slime("good"), with_ray=False)
+        assert outcome.reasons == [str(bool(flags))]
 
 
 FAKE_SLIME_ON_RAY = """

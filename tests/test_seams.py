@@ -737,6 +737,14 @@ def test_a_name_that_was_not_shared_is_refused(active, ray):
     assert caught.value.facts["shared"] == "nothing"
 
 
+def test_of_a_box_that_nothing_was_shared_with_nothing_can_be_fetched(active, layout):
+    """slime's own, of training data that somebody brought from elsewhere."""
+    active(receive_train_data=lambda fetch: fetch(["routing"]))
+    with pytest.raises(PluginError, match="was not shared with it") as caught:
+        shared_data.process_rollout_data(lambda *_: {}, "args", [SimpleNamespace(inner="a box")], 0, 1)
+    assert caught.value.facts["shared"] == "nothing"
+
+
 def test_a_plugin_that_shares_with_another_number_of_ranks_is_an_error(active, ray):
     active(share_train_data=lambda: [{"a": 1}])
     with pytest.raises(ValueError, match="zip"):

@@ -168,7 +168,7 @@ def receive_samples(args: Namespace, samples: Sequence[Any]) -> None:
         if isinstance(found, RoutingTrace):
             sample.rollout_routed_experts = found
             continue
-        if not sample.remove_sample:  # else the user's own code gave it up, and it is masked out already
+        if not sample.remove_sample and _is_trained_on(sample):
             if args.r3_missing == "fail":
                 raise found
             _log.warning("r3_replay: %s is masked out of the loss: %s", _name(sample), found)
@@ -191,6 +191,17 @@ def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict
                 "other tokens": f"in {len(differing)}, first in number {differing[0]}" if differing else None,
             },
             "--custom-convert-samples-to-train-data-path must keep the samples, or r3 be left out",
+        )
+    unmasked = [
+        _name(sample)
+        for sample, mask in zip(samples, train_data["loss_masks"], strict=True)
+        if sample.rollout_routed_experts is None and any(mask)
+    ]
+    if unmasked:
+        raise PluginError(
+            "samples without routing would be trained on experts that no rollout used",
+            {"samples": ", ".join(unmasked[:8]), "expected": "a loss mask of zeros: they are marked remove_sample"},
+            "--custom-convert-samples-to-train-data-path must mask out what is marked remove_sample",
         )
     _received.update(bytes=0, rows=0, seconds=0.0)
     _traces[:] = [sample.rollout_routed_experts for sample in samples]
@@ -235,6 +246,11 @@ def _trace_or_problem(args: Namespace, sample: Any) -> RoutingTrace | PluginErro
         return problem
 
 
+def _is_trained_on(sample: Any) -> bool:
+    """Whether a token of it reaches the loss: by default all of the response do."""
+    return sample.loss_mask is None or any(sample.loss_mask)
+
+
 def _needed_rows(sample: Any) -> int:
     """Rows up to the last token that is trained on: what is routed after it reaches no loss."""
     rows = max(len(sample.tokens) - 1, 0)
@@ -248,7 +264,12 @@ def _from_tensor(args: Namespace, sample: Any) -> RoutingTrace:
     import torch
 
     routing, name, tokens = _routing(args), _name(sample), sample.tokens
-    rows = torch.as_tensor(sample.rollout_routed_experts)
+    try:
+        rows = torch.as_tensor(sample.rollout_routed_experts)
+    except (TypeError, ValueError) as error:
+        raise refused(name, "it is no tensor", str(error), "[tokens - 1, layers, top-k] integers") from error
+    if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise refused(name, "its ids are no integers", str(rows.dtype), "an integer dtype")
     if rows.dim() == 3 and rows.shape[1] == args.num_layers:
         rows = rows[:, list(routing.layers)]
     routing.check(rows, max(len(tokens) - 1, 0), name)
@@ -319,6 +340,13 @@ def pass_begins(stage: str, model: Sequence[Any]) -> None:
             {"pass": stage, "model": f"{len(model)} chunk(s) of {type(model[0]).__name__}"},
             "whatever replaces the model after it was built must be left out",
         )
+    if _shard is None:
+        raise PluginError(
+            "a pass that should replay runs before any training data came",
+            {"pass": stage},
+            "run it through slime's MegatronTrainRayActor.train, which receives the data",
+        )
+    _shard.begin()
     _replay.begin()
     _seconds = 0.0
 
@@ -326,9 +354,8 @@ def pass_begins(stage: str, model: Sequence[Any]) -> None:
 @hookimpl
 def microbatch_begins(microbatch: Microbatch) -> None:
     global _seconds
-    if _replay is None or not _replay.active:
+    if _replay is None or _shard is None or not _replay.active:
         return
-    assert _shard is not None, "a replaying pass runs on received training data"
     begun = time.perf_counter()
     handles = [handle.tolist() for handle in microbatch.batch["rollout_routed_experts"]]
     numbers, rows, tokens_then = zip(*handles, strict=True)
@@ -339,7 +366,7 @@ def microbatch_begins(microbatch: Microbatch) -> None:
             {"tokens": lengths, "in the rollout": list(tokens_then), "rows of routing": list(rows)},
             "whatever changes the samples after the rollout must change their routing with them",
         )
-    indices = _shard.take(numbers, microbatch.positions.device)
+    indices = _shard.take(numbers, microbatch.positions.device, _replay.rows_of(microbatch.chunk))
     tokens, recorded = shards.which_count(lengths, rows, microbatch.positions)
     mine = Recorded(indices, recorded, tokens, microbatch.chunk)
     microbatch.values["r3_replay"] = mine
@@ -368,11 +395,13 @@ def select_experts(
 
 @hookimpl
 def pass_ends(args: Namespace, stage: str, model: Sequence[Any], error: BaseException | None) -> None:
-    if _replay is None or not _replay.active:
+    if _replay is None or _shard is None or not _replay.active:
         return
     _replay.end()
     if error is not None:
         return
+    if stage == "train":
+        _shard.let_go()
     counts = _sum_over_ranks(_replay.counts(), model)
     _replay.forget()
     total = counts.sum(dim=0)
@@ -406,7 +435,8 @@ def _measure(args: Namespace, counts: torch.Tensor) -> None:
     for layer, different in zip(_routing(args).layers, by_layer, strict=True):
         _metrics[f"r3/different_tokens/layer_{layer}"] = different
     _metrics["r3/host_seconds"] = _seconds
-    if warning := jump(share, _shares, dict(zip(_routing(args).layers, by_layer, strict=True))):
+    warning = jump(share, _shares, dict(zip(_routing(args).layers, by_layer, strict=True)))
+    if warning and _is_first_rank():
         _log.warning("r3_replay: %s", warning)
     _shares.append(share)
 
@@ -445,6 +475,12 @@ def _require_all(layers: Sequence[int], local: Sequence[int]) -> None:
             {"layers": ", ".join(str(layers[position]) for position in sorted(missing)), "of": str(list(layers))},
             "a model provider with a router of its own must take `router_replay` as Megatron's TopKRouter does",
         )
+
+
+def _is_first_rank() -> bool:
+    import torch.distributed
+
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _sum_over_ranks(counts: torch.Tensor, model: Sequence[Any]) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Recorded:
     """The routing of one microbatch on this rank.
 
     Attributes:
-        indices: [local MoE layers, tokens, topk] expert ids, in the order of `Replay.local_layers`.
+        indices: [MoE layers of the chunk, tokens, topk] expert ids, in the order of `Replay.rows_of(chunk)`.
         recorded: [tokens] bool, whether the rollout recorded a choice.
         tokens: tokens whose choice mattered in the rollout or would have: neither padding nor the last of a sample.
         chunk: the model chunk (virtual pipeline stage) that this forward pass is of.
@@ -89,7 +89,7 @@ class Replay:
         # Also should a router vanish: then it did not replay.
         self.local_layers = sorted(layer for chunk_layers in self._of_chunk for layer in chunk_layers)
         """Positions, among the MoE layers, of those on this rank."""
-        self._row = {layer: row for row, layer in enumerate(self.local_layers)}
+        self._row = {layer: row for of_chunk in self._of_chunk for row, layer in enumerate(sorted(of_chunk))}
         self.active = False
         self._begin()
 
@@ -100,6 +100,10 @@ class Replay:
     def is_of(self, model: Sequence[torch.nn.Module]) -> bool:
         """Whether it was made for this very model, not for another one in the process."""
         return [chunk() for chunk in self._model] == list(model)
+
+    def rows_of(self, chunk: int) -> list[int]:
+        """Where, in `local_layers`, the layers of a model chunk are."""
+        return [self.local_layers.index(layer) for layer in sorted(self._of_chunk[chunk])]
 
     def is_bound(self, router: torch.nn.Module) -> bool:
         """Whether this router replays when a pass does."""

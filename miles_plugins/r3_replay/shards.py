@@ -104,22 +104,38 @@ class Shard:
     ) -> None:
         self._cuts = {tuple(samples): [part[number] for part in parts] for number, samples in enumerate(microbatches)}
         self._by_layer = by_layer
+        self._taken: set[tuple[int, ...]] = set()
 
-    def take(self, samples: Sequence[int], device: torch.device) -> torch.Tensor:
+    def begin(self) -> None:
+        """A pass begins."""
+        self._taken.clear()
+
+    def let_go(self) -> None:
+        """The pass was the last of its microbatches: their cuts, which are Ray's memory, are given back."""
+        for samples in self._taken:
+            self._cuts.pop(samples, None)
+
+    def take(self, samples: Sequence[int], device: torch.device, rows: Sequence[int] | None = None) -> torch.Tensor:
         """[layers, tokens, topk] ids of one microbatch on `device`, in one copy from pinned memory.
 
+        Args:
+            rows: which of the fetched layers, for a model chunk that holds some of the rank's; by default all.
+
         Raises:
-            PluginError: no microbatch was cut for just these samples.
+            PluginError: no microbatch was cut for just these samples, or it was trained on before.
         """
         import torch
 
         parts = self._cuts.get(tuple(samples))
         if parts is None:
             raise PluginError(
-                "a microbatch is none of those that the routing was cut for",
+                "a microbatch is none of those that the routing was cut for, or was trained on before",
                 {"its samples": list(samples), "cut for": "; ".join(str(list(key)) for key in list(self._cuts)[:8])},
                 "whatever changes slime's microbatches after the rollout must leave them as they were scheduled",
             )
+        self._taken.add(tuple(samples))
+        if self._by_layer and rows is not None:
+            parts = [parts[row] for row in rows]
         if not parts:  # a pipeline stage without MoE layers
             return torch.empty((0, 0, 0), dtype=torch.uint8, device=device)
         dtype = torch.uint8 if parts[0].itemsize == 1 else torch.int16

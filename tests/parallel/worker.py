@@ -229,7 +229,10 @@ class Case:
         self.observer.rollout = number
         samples = [self._sample(index, rollout) for index in range(len(rollout["tokens"]))]
         self.hook.receive_samples(args=self.args, samples=samples)
-        train_data: dict[str, Any] = {"tokens": rollout["tokens"]}
+        train_data: dict[str, Any] = {
+            "tokens": rollout["tokens"],
+            "loss_masks": [[0 if sample.remove_sample else 1] for sample in samples],
+        }
         self.hook.collect_train_data(args=self.args, samples=samples, train_data=train_data)
         schedule = Schedule([len(tokens) for tokens in rollout["tokens"]], rollout["microbatches"])
         (shared,) = self.hook.share_train_data(args=self.args, schedule=schedule)
