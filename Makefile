@@ -9,7 +9,7 @@ TORCH_CPU ?= torch==2.13.0+cpu
 # What works together on Python 3.11; on another, `make PIN= …` takes what pyproject.toml admits.
 PIN ?= -c tests/upstream-constraints.txt
 
-.PHONY: quickstart test test-upstream lint docs clean
+.PHONY: quickstart test test-upstream lint fingerprints docs clean
 
 # The main job on any machine: a small trainer of our own, no slime, with routing replay; two minutes on two cores.
 quickstart: $(VENV)/embedded
@@ -33,7 +33,11 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The generated pages: hook reference and patch ledger.
+# What upstream's releases are known by (docs/verify.md): from the clones, and wheels of the package index.
+fingerprints: $(VENV)/test
+	$(BIN)/python -m tests.fingerprints
+
+# The generated pages: hook reference, patch ledger and supported stacks.
 docs: $(VENV)/test
 	$(BIN)/python -m miles_plugins.entrypoints.docs
 

@@ -58,7 +58,7 @@ def main() -> None:
     positions = PACKING.positions(LENGTHS).to(device)
 
     def lay_out() -> Recorded:
-        indices = shard.take(range(SAMPLES), device)
+        indices = shard.take(range(SAMPLES), positions)
         tokens, recorded = shards.which_count(LENGTHS, [len(trace) for trace in traces], positions)
         return Recorded(indices, recorded, tokens)
 

@@ -168,12 +168,12 @@ def main() -> None:
         return replays
 
     def our_microbatch() -> torch.Tensor:
-        moved = shards.Shard(schedule.microbatches[0], fetched, by_layer=True).take([0, 1], device)
+        moved = shards.Shard(schedule.microbatches[0], fetched, by_layer=True).take([0, 1], positions.to(device))
         _wait(device)
         return moved
 
-    replays, moved = compare("lay out a microbatch, to the device", slimes_microbatch, our_microbatch)
     positions = packing.local(packing.positions([TOKENS, TOKENS]), 1)
+    replays, moved = compare("lay out a microbatch, to the device", slimes_microbatch, our_microbatch)
     _, recorded = shards.which_count([TOKENS, TOKENS], [TOKENS - 1] * 2, positions)
     for layer, replay in enumerate(replays):
         assert torch.equal(replay.top_indices_list[0][recorded], moved[layer].cpu()[recorded].int())

@@ -17,6 +17,8 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
@@ -30,6 +32,38 @@ _MAX_HOPS = 32  # re-exports and base classes followed for one target
 _FunctionNode = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+class _Body:
+    """What a function or class does, known by its fingerprint, which is computed when it is asked for."""
+
+    def __init__(self, node: Any = None, fingerprint: str | None = None, loaded: Any = None) -> None:
+        self._node, self._fingerprint, self._loaded = node, fingerprint, loaded
+
+    @property
+    def fingerprint(self) -> str | None:
+        if self._node is not None:  # most definitions are never asked, and of a large class it takes long
+            self._fingerprint, self._node = _fingerprint_of_node(self._node), None
+        if self._loaded is not None:
+            with suppress(OSError, TypeError):  # compiled: there is no source
+                self._fingerprint = source_fingerprint(self._loaded)
+            self._loaded = None
+        return self._fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Body) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return repr(self.fingerprint)
+
+    def __reduce__(self) -> tuple[object, ...]:  # without the syntax tree
+        return _Body, (None, self.fingerprint)
+
+
+_NO_BODY = _Body()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Definition:
     """What a target is.
@@ -41,9 +75,14 @@ class Definition:
     target: str
     kind: str
     signature: inspect.Signature | None = None
-    fingerprint: str | None = None
+    body: _Body = _NO_BODY
     path: Path | None = None
     line: int | None = None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """See `source_fingerprint`; None where there is no source."""
+        return self.body.fingerprint
 
     @property
     def where(self) -> str:
@@ -244,19 +283,31 @@ def describe(target: str, kind: str, value: Any) -> Definition:
     """The `Definition` of a loaded object of a known kind (a method as the plain function)."""
     if kind not in FUNCTION_KINDS and kind != "class":
         return Definition(target=target, kind=kind)
-    try:
-        fingerprint = source_fingerprint(value)
-    except (OSError, TypeError):
-        fingerprint = None
     path = line = None
     plain = inspect.unwrap(value)
     if hasattr(plain, "__code__"):
         path, line = Path(plain.__code__.co_filename), plain.__code__.co_firstlineno
     signature = _signature_of_object(value) if kind in FUNCTION_KINDS else None
-    return Definition(target=target, kind=kind, signature=signature, fingerprint=fingerprint, path=path, line=line)
+    body = _Body(loaded=value)
+    return Definition(target=target, kind=kind, signature=signature, body=body, path=path, line=line)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
+
+_folders: ContextVar[tuple[str, ...] | None] = ContextVar("folders", default=None)  # None: what Python would import
+
+
+@contextmanager
+def reading_from(*folders: Path) -> Iterator[None]:
+    """Within it, these folders are all that there is: modules are looked for in them, the first that has one wins.
+
+    Of a module that is elsewhere (`import torch` in a checkout of slime), nothing is known but that it is a module.
+    """
+    token = _folders.set(tuple(str(folder.expanduser().resolve()) for folder in folders))
+    try:
+        yield
+    finally:
+        _folders.reset(token)
 
 
 def find_module(name: str) -> Path | None:
@@ -270,24 +321,55 @@ def has_package(name: str) -> bool:
     return _locate_module(name) is not None
 
 
+_noted: ContextVar[set[str] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noting_modules() -> Iterator[set[str]]:
+    """Within it, the names of all modules that are looked for are collected: what is read depends on nothing else."""
+    names: set[str] = set()
+    token = _noted.set(names)
+    try:
+        yield names
+    finally:
+        _noted.reset(token)
+
+
+def state_of_module(name: str) -> list[str | int] | None:
+    """What tells whether a module is the same as before: where it is, its size and its time of change, in ns."""
+    located = _locate_module(name)
+    if located is None:
+        return None
+    path, folders = located
+    if path is None:
+        return list(folders)
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
 def _locate_module(name: str) -> tuple[Path | None, list[str]] | None:
     """The file of a module and the folders of its submodules; None when there is no such module."""
+    if (noted := _noted.get()) is not None:
+        noted.add(name)
     top, *rest = name.split(".")
+    located = _locate_top(top)
+    for part in rest:
+        # By hand: PathFinder asks sys.modules for the parent of a nested namespace package.
+        located = _locate_in(located[1], part) if located else None
+    return located
+
+
+def _locate_top(name: str) -> tuple[Path | None, list[str]] | None:
+    if (folders := _folders.get()) is not None:
+        return _locate_in(folders, name)
     try:
-        spec = importlib.util.find_spec(top)
+        spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
     if spec is None:
         return None
     path = Path(spec.origin) if spec.has_location and spec.origin else None
-    folders = list(spec.submodule_search_locations or ())
-    for part in rest:
-        # By hand: PathFinder asks sys.modules for the parent of a nested namespace package.
-        found = _locate_in(folders, part)
-        if found is None:
-            return None
-        path, folders = found
-    return path, folders
+    return path, list(spec.submodule_search_locations or ())
 
 
 def _locate_in(folders: Iterable[str], part: str) -> tuple[Path | None, list[str]] | None:
@@ -323,7 +405,9 @@ def _read_module(name: str) -> _Module | None:
     """The parsed module, its `tree` None if it is not Python source; None when it does not exist."""
     located = _locate_module(name)
     if located is None:
-        return None
+        # Of what is in none of the folders that are read, no name can be told.
+        is_elsewhere = _folders.get() is not None and not has_package(name.partition(".")[0])
+        return _Module(name, Path(f"{name}.py"), None) if is_elsewhere else None
     path, _ = located
     if path is None:  # a namespace package, or built in
         return _Module(name, Path("__init__.py"), ast.Module(body=[], type_ignores=[]))
@@ -546,12 +630,12 @@ def _define(place: _Place, parts: tuple[str, ...]) -> Definition:
     if not isinstance(node, ast.AST):  # inherited from a builtin class
         kind = kind_of(object, inspect.getattr_static(getattr(builtins, place.scope[0]), place.name))
         return Definition(target=place.target, kind=kind, signature=_signature_of_object(node))
-    kind, signature, fingerprint = "unknown", None, None
+    kind, signature, body = "unknown", None, _NO_BODY
     if isinstance(node, _FunctionNode):
         kind = _method_kind(node, parts[-1]) if len(parts) > 1 else "function"
-        signature, fingerprint = _signature_of_node(node.args), _fingerprint_of_node(node)
+        signature, body = _signature_of_node(node.args), _Body(node)
     elif isinstance(node, ast.ClassDef):
-        kind, fingerprint = "class", _fingerprint_of_node(node)
+        kind, body = "class", _Body(node)
     elif isinstance(node, ast.AnnAssign) and node.value is None:
         kind = "declared"
     elif isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(
@@ -562,7 +646,7 @@ def _define(place: _Place, parts: tuple[str, ...]) -> Definition:
         target=place.target,
         kind=kind,
         signature=signature,
-        fingerprint=fingerprint,
+        body=body,
         path=path,
         line=getattr(node, "lineno", None),
     )

@@ -15,6 +15,7 @@ from miles_plugins.errors import (
     PluginNotFoundError,
     UpstreamError,
 )
+from miles_plugins.finding import Finding
 from miles_plugins.hookspecs import hookimpl
 from miles_plugins.microbatch import Microbatch, current_microbatch
 from miles_plugins.packing import Packing, Rank, Schedule
@@ -22,6 +23,7 @@ from miles_plugins.packing import Packing, Rank, Schedule
 __all__ = [
     "ArgumentError",
     "AttestationError",
+    "Finding",
     "Microbatch",
     "Packing",
     "PatchError",

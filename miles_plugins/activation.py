@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from miles_plugins.compat.checked import checked
 from miles_plugins.errors import AttestationError, PluginError
 from miles_plugins.manager import Plugins
 from miles_plugins.patches.seam import SLIME, Host, Seam, needed_seams, patch_set
@@ -51,6 +53,20 @@ class Activation:
         """What another process needs to activate the same set."""
         return {ACTIVE: ",".join(self.plugins.names), DIGEST: self.plugins.digest, RUN: self.run}
 
+    @property
+    def sides(self) -> dict[str, Sequence[str]]:
+        """The roles in which each plugin must show evidence."""
+        return {plugin.name: plugin.sides for plugin in self.plugins}
+
+    @property
+    def needed_patches(self) -> dict[str, set[str]]:
+        """The ids of the patches that each role must have; the same in every process of the run."""
+        needed: dict[str, set[str]] = {}
+        for patch in patch_set(self.seams):
+            for role in patch.roles:
+                needed.setdefault(role, set()).add(patch.id)
+        return needed
+
     def process_environment(self, role: str) -> dict[str, str]:
         """What the plugins want in the environment of one role, without what the user's environment already says."""
         wanted: dict[str, str] = {}
@@ -67,7 +83,12 @@ class Activation:
         Raises:
             PatchError: a patch does not fit. Nothing was changed.
         """
-        return [note for patch in patch_set(self.seams) for note in check_statically(patch)]
+        patches = list(patch_set(self.seams))
+        declared = [(patch.id, patch.target, patch.signature) for patch in patches]
+        return checked(
+            (self.plugins.digest, sys.version, declared),
+            lambda: [note for patch in patches for note in check_statically(patch)],
+        )
 
     def run_probes(self) -> None:
         """Ask every plugin to show that it works in this process."""

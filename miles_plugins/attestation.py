@@ -12,7 +12,7 @@ import os
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,31 @@ Report = dict[str, Any]
 
 
 class Registry:
-    """The named Ray actor that holds the reports of one run."""
+    """The named Ray actor that holds the reports of one run: of the processes that it has now."""
 
     def __init__(self) -> None:
-        self._reports: list[Report] = []
+        self._by_actor: dict[tuple[str, str | None], list[Report]] = {}
+        self._changes = 0
 
     def add(self, reports: list[Report]) -> None:
-        self._reports += reports
+        """Keep what one Ray actor says of itself (the first report) and of its child processes (the others).
+
+        An actor of the same role and rank was there before it, if slime has restarted it: what that one said is dropped
+        and `restarts` counts it. slime numbers trainers and engines through the whole run.
+        """
+        own = reports[0]
+        place = own["role"], own["rank"]
+        if place in self._by_actor:
+            own = {**own, "restarts": self._by_actor[place][0].get("restarts", 0) + 1}
+        self._by_actor[place] = [own, *reports[1:]]
+        self._changes += 1
 
     def all(self) -> list[Report]:
-        return self._reports
+        return [report for reports in self._by_actor.values() for report in reports]
+
+    def changes(self) -> int:
+        """How often something was added: the driver compares anew when this has changed."""
+        return self._changes
 
 
 def registry_name(run: str) -> str:
@@ -117,15 +132,20 @@ def forget_child_reports(run: str, engine: str) -> None:
 
 
 def problems(
-    reports: Iterable[Report], digest: str, expected: Mapping[str, int], sides: Mapping[str, Sequence[str]]
+    reports: Iterable[Report],
+    digest: str,
+    expected: Mapping[str, int],
+    sides: Mapping[str, Sequence[str]],
+    needed: Mapping[str, Collection[str]] = {},
 ) -> list[str]:
-    """What keeps training from beginning; empty when all is well.
+    """What keeps these processes from being used; empty when all is well.
 
     Args:
         reports: one a process.
         digest: the driver's; every process must have the same.
         expected: at least how many processes of each role.
         sides: for each plugin, the roles in which it must show evidence.
+        needed: for each role, the ids of the patches that it must have.
     """
     reports = list(reports)
     found = []
@@ -140,12 +160,47 @@ def problems(
         for patch in report["patches"]:
             if patch["state"] in ("failed", "applied"):
                 found.append(f"{who}: patch {patch['id']} is {patch['state']}: {patch['target']} {patch['detail']}")
+        there = {patch["id"] for patch in report["patches"] if patch["state"] not in ("armed", "skipped")}
+        for patch_id in sorted(set(needed.get(report["role"], ())) - there):
+            found.append(f"{who} runs without patch {patch_id}")
     for plugin, roles in sides.items():
         for role in roles:
             silent = [report for report in reports if report["role"] == role and plugin not in report["probes"]]
             if role in expected and (silent or not seen[role]):
                 found.append(f"plugin {plugin} showed no evidence in {len(silent) or 'any'} {role} process(es)")
     return found
+
+
+def engine_problems(
+    reports: Iterable[Report],
+    engines: Iterable[str],
+    digest: str,
+    sides: Mapping[str, Sequence[str]],
+    needed: Mapping[str, Collection[str]] = {},
+) -> list[str]:
+    """What keeps these engines from being used; empty when all is well.
+
+    Args:
+        reports: of the run.
+        engines: ids of the engines' Ray actors. Each must have reported, and each process of its SGLang server.
+        digest: see `problems`; `sides` and `needed` too.
+    """
+    by_actor: dict[str, list[Report]] = {engine: [] for engine in engines}
+    for report in reports:
+        by_actor.get(report.get("actor", ""), []).append(report)
+    return [
+        f"engine actor {engine}: {problem}"
+        for engine, own in by_actor.items()
+        for problem in problems(own, digest, {"engine": 1, **children_of(own)}, sides, needed)
+    ]
+
+
+def children_of(reports: Iterable[Report]) -> Counter[str]:
+    """How many processes of each role the engines' SGLang servers have, as the engines say."""
+    counts: Counter[str] = Counter()
+    for report in reports:
+        counts.update(report.get("children", {}))
+    return counts
 
 
 def summary(reports: Sequence[Report], digest: str) -> str:

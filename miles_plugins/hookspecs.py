@@ -24,6 +24,7 @@ import pluggy
 if TYPE_CHECKING:
     import torch
 
+    from miles_plugins.finding import Finding
     from miles_plugins.microbatch import Microbatch
     from miles_plugins.packing import Rank, Schedule
 
@@ -39,6 +40,20 @@ ROLES = (
 )
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+# -- miles-plugins doctor --------------------------------------------------------------------------------------------
+
+
+@hookspec
+def doctor() -> Sequence[Finding]:  # type: ignore[empty-body]
+    """`miles-plugins doctor --plugins NAME` looks at the environment (in its own process, before any run): add checks.
+
+    There are no arguments: no run, no flags, nothing of upstream imported. Return one `Finding(check, status, found,
+    next)` for each thing looked at: `status` is `ok`, `note` or `problem`; `found` says what is there; `next` says what
+    to do, for a problem always and for ok never. Read files and metadata, start nothing. An exception is shown as a
+    problem.
+    """
 
 
 # -- the driver ------------------------------------------------------------------------------------------------------
@@ -105,7 +120,8 @@ def receive_response(args: Namespace, sample: Any, meta_info: dict[str, Any]) ->
     """slime is about to take over `meta_info` of one response, or of a part of one (rollout_manager).
 
     `sample` is slime's `Sample`; the response's tokens are in it already. Take out of `meta_info`, in place, what slime
-    shall not see.
+    shall not see. On slime before v0.3.1 it is called when slime has read the response, with a copy of `meta_info`:
+    `routed_experts` alone was withheld from slime, and changes reach nobody.
     """
 
 
@@ -113,7 +129,8 @@ def receive_response(args: Namespace, sample: Any, meta_info: dict[str, Any]) ->
 def rollout_ready(args: Namespace, router_url: str, engine_urls: Sequence[str]) -> None:
     """Every SGLang server is up and registered (rollout_manager), before the first rollout: probe what you rely on.
 
-    Raise to stop the run before training.
+    Where slime has restarted engines (--use-fault-tolerance) it is called again, with the URLs of these alone, before
+    the next rollout or evaluation. Raise to stop the run.
     """
 
 

@@ -42,7 +42,7 @@ class Packing:
             tensor_parallel=args.tensor_model_parallel_size,
             sequence_parallel=args.sequence_parallel,
             multiple=args.tensor_model_parallel_size * args.data_pad_size_multiplier,
-            all_gather=args.allgather_cp,
+            all_gather=getattr(args, "allgather_cp", False),  # slime v0.2.2 has no such flag
         )
 
     @property
@@ -103,7 +103,10 @@ class Schedule:
     Attributes:
         lengths: number of tokens of each sample of the training data.
         microbatches: for each data-parallel rank, the sample indices of each of its microbatches, in order.
+        scheduled: False on slime before v0.3.0, whose trainers choose their microbatches themselves: `microbatches`
+            then holds, for each rank, one list of all its samples.
     """
 
     lengths: Sequence[int]
     microbatches: Sequence[Sequence[Sequence[int]]]
+    scheduled: bool = True

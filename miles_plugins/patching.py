@@ -54,6 +54,7 @@ __all__ = [
     "Record",
     "State",
     "check_statically",
+    "exists_statically",
     "has_attribute",
     "has_parameter",
     "source_fingerprint",
@@ -112,7 +113,9 @@ class Patch:
         reason: Why upstream's own extension points do not do.
         wrap: Called as `wrap(original, *args, **kwargs)` in place of a function. Of a method, `original` is the plain
             function and the instance (of a classmethod, the class) the first argument. A plain function can wrap any
-            sort; a coroutine or generator function only its own.
+            but one written with `async def` (see `async_too`); a coroutine or generator function only its own sort.
+        async_too: Whether a plain `wrap` also fits a target that is written with `async def`: it returns what
+            `original` returns as it is, and does nothing after it. Any other would go on before upstream is done.
         replace: What takes the target's place. A function is given a function of the same sort, which then binds as
             the original did. One whose body is none of `fingerprints` is not replaced.
         replace_with: Computes the replacement from the original; the way to subclass a class.
@@ -143,6 +146,7 @@ class Patch:
     target: str
     reason: str
     wrap: Callable[..., Any] | None = None
+    async_too: bool = False
     replace: Any = ABSENT
     replace_with: Callable[[Any], Any] | None = None
     add: Any = ABSENT
@@ -382,6 +386,12 @@ def _joined(*notes: str) -> str:
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
+def exists_statically(need: Need) -> bool:
+    """Whether the installed upstream meets a need for sure, by its files."""
+    candidates = find_definitions(need.target)
+    return bool(candidates) and all(_meets(need, candidate) for candidate in candidates)
+
+
 def check_statically(patch: Patch) -> list[str]:
     """Make the checks of `PatchSet.apply` on the installed files, without importing upstream.
 
@@ -397,10 +407,9 @@ def check_statically(patch: Patch) -> list[str]:
         return [f"not installed here: {package}"]
     by = patch.superseded_when
     if isinstance(by, Need):
-        candidates = find_definitions(by.target)
-        if candidates and all(_meets(by, candidate) for candidate in candidates):
+        if exists_statically(by):
             return [f"superseded: {_superseded(by)}"]
-        if any(candidate.kind == "unknown" or _meets(by, candidate) for candidate in candidates):
+        if any(candidate.kind == "unknown" or _meets(by, candidate) for candidate in find_definitions(by.target)):
             return [f"whether it is superseded ({_superseded(by)}) is only known when it is imported"]
     found = [definition for definition in find_definitions(patch.target) if definition.kind != "declared"]
     if not found and callable(by):
@@ -417,7 +426,7 @@ def check_statically(patch: Patch) -> list[str]:
     else:
         if not patch.inherited and (ancestor := _static_ancestor(patch, found[0])):
             raise _only_inherited(patch, ancestor)
-        notes += _first_that_fits(lambda definition: _judge(patch, definition), found)
+        notes += _first_that_fits(lambda definition: _judge_file(patch, definition), found)
     for need in patch.needs:
         if has_package(package := _package(need.target)):
             judge = functools.partial(_judge_need, patch, need)
@@ -497,7 +506,8 @@ def _judge(patch: Patch, found: Definition) -> list[str]:
             )
         if added:
             notes.append(f"drifted: it also takes {', '.join(added)}")
-    if found.fingerprint not in patch.fingerprints.values():
+    by_body = patch.fingerprints or patch.kind == "replace"
+    if by_body and found.fingerprint not in patch.fingerprints.values():
         body = found.fingerprint or "no source to read"
         if patch.kind == "replace" and (is_function or patch.fingerprints):
             known = [f"{fingerprint} ({name})" for name, fingerprint in patch.fingerprints.items()]
@@ -512,6 +522,32 @@ def _judge(patch: Patch, found: Definition) -> list[str]:
         if patch.fingerprints:
             notes.append(f"drifted: its body is {body}, not that of {' or '.join(patch.fingerprints)}")
     return notes
+
+
+def _judge_file(patch: Patch, found: Definition) -> list[str]:
+    notes = _judge(patch, found)
+    if found.kind in FUNCTION_KINDS and found.path is not None and found.line is not None:
+        line = found.path.read_text(encoding="utf-8", errors="replace").splitlines()[found.line - 1]
+        _judge_sort(patch, line.lstrip().startswith("async "), found.where)
+    return notes
+
+
+def _judge_sort(patch: Patch, is_async: bool, where: str = "") -> None:
+    """Whether the wrapper waits for its target, judged by how both are written, beneath decorators."""
+    if patch.wrap is None or is_async == _is_async(patch.wrap) or (is_async and patch.async_too):
+        return
+    sorts = {True: "written with async def", False: "a plain function"}
+    raise _misfit(
+        patch,
+        "does not fit: its wrapper is for another sort of function",
+        expected=sorts[not is_async],
+        found=sorts[is_async],
+        where=where,
+    )
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _superseded(need: Need) -> str:
@@ -678,6 +714,8 @@ def _enter(record: Record, holder: PatchSet) -> _Site:
     _check_company(patch, site, [other for underneath in stack for other in underneath.patches])
     if patch.kind != "add":
         record.detail = _joined(*_judge(patch, describe(patch.target, site.kind, site.original)))
+        if site.kind in FUNCTION_KINDS:
+            _judge_sort(patch, _is_async(inspect.unwrap(site.original)))
     site.layers.append(_Layer(patch, {holder}))
     return site
 
@@ -1000,6 +1038,8 @@ def _rebind_copies(sites: list[_Site]) -> None:
             wanted[id(old)] = site
         site.copies = site.copies or []
     for namespace in _namespaces() if wanted else ():
+        if wanted.keys().isdisjoint(map(id, list(namespace.values()))):
+            continue  # nearly all of some thousand modules
         for name, value in list(namespace.items()):
             if (found := wanted.get(id(value))) is None:
                 continue
@@ -1022,6 +1062,8 @@ def _restore_copies(sites: list[_Site]) -> None:
             later[id(new)] = site
             site.copies = []
     for namespace in _namespaces() if later else ():
+        if later.keys().isdisjoint(map(id, list(namespace.values()))):
+            continue
         for name, value in list(namespace.items()):
             # Only we have made the function. A replacement may also be known elsewhere, by a name of its own.
             if (found := later.get(id(value))) is None or (found.function is None and name != found.name):

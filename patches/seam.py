@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from miles_plugins.manager import Plugins
-from miles_plugins.patching import Patch, PatchSet
+from miles_plugins.patching import Need, Patch, PatchSet, exists_statically
 
 # One module a seam. Order does not matter: wrap order is declared by the patches themselves.
 MODULES = (
@@ -56,6 +56,27 @@ EMBEDDED_ON_CPU = Host("embedded", (*_EMBEDDED, "miles_plugins.patches.torch.cpu
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The patches of a seam in other releases of upstream, known by what these have and lack.
+
+    Attributes:
+        releases: how documents name them: "slime before v0.3.1".
+        has: what there must be.
+        lacks: what there may not be, so that a release in which it was merely lost is not taken for one of these.
+    """
+
+    releases: str
+    patches: tuple[Patch, ...]
+    has: tuple[Need, ...] = ()
+    lacks: tuple[Need, ...] = ()
+
+    def fits(self) -> bool:
+        """Whether the installed upstream is one of these releases, by its files."""
+        # What is lacked first: that is mostly a module, for which no file has to be parsed.
+        return not any(map(exists_statically, self.lacks)) and all(map(exists_statically, self.has))
+
+
+@dataclass(frozen=True)
 class Seam:
     """Some hooks and the patches that connect them to upstream.
 
@@ -67,6 +88,16 @@ class Seam:
     patches: tuple[Patch, ...]
     only_in: frozenset[str] = frozenset()
     """Start-up roles (`driver`, `worker`, `trainer`, `sglang_child`) to which it is confined; empty: all."""
+    variants: tuple[Variant, ...] = ()
+    """For releases where `patches` are not the right ones; what none of them fits is judged by `patches`."""
+
+    def here(self) -> tuple[Patch, ...]:
+        """The patches for the upstream that is installed."""
+        return next((variant.patches for variant in self.variants if variant.fits()), self.patches)
+
+    def everywhere(self) -> tuple[Patch, ...]:
+        """The patches for all releases, the newest's first."""
+        return (*self.patches, *(patch for variant in self.variants for patch in variant.patches))
 
     def needed_by(self, plugins: Plugins) -> bool:
         return not self.hooks or any(plugins.implement(hook) for hook in self.hooks)
@@ -87,4 +118,4 @@ def needed_seams(plugins: Plugins, host: Host = SLIME) -> list[Seam]:
 
 def patch_set(seams: Iterable[Seam]) -> PatchSet:
     """All patches of the seams as one set: they are applied together or not at all."""
-    return PatchSet(*(patch for seam in seams for patch in seam.patches), name="miles_plugins")
+    return PatchSet(*(patch for seam in seams for patch in seam.here()), name="miles_plugins")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,13 @@ MEGATRON = ("MEGATRON_HOME", "~/Megatron-LM", "1dcf0dafa884ad52ffb243625717a3471
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two workers (`make test`), one begins with the longest file: else it is left alone with it at the end."""
     items.sort(key=lambda item: not item.path.name.startswith("test_upstream"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the mutation tests have counted (test_mutations.py)."""
+    passed = terminalreporter.stats.get("passed", ())
+    for line in [value for each in passed for name, value in each.user_properties if name == "mutations"]:
+        terminalreporter.write_line(line)
 
 
 def export(checkout: tuple[str, str, str], folder: Path) -> Path:

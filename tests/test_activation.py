@@ -223,9 +223,9 @@ def test_check_collects_notes_of_every_role_and_raises_for_a_misfit(layer, monke
     made = layer()
     absent = Patch(id="x", target="not_installed_at_all:f", wrap=print, reason="test")
     misfit = Patch(id="y", target="json:dumps_to_nothing", wrap=print, reason="test")
-    made.seams = [SimpleNamespace(patches=(absent,))]
+    made.seams = [SimpleNamespace(here=lambda: (absent,))]
     assert made.check() == ["not installed here: not_installed_at_all"]
-    made.seams.append(SimpleNamespace(patches=(misfit,)))
+    made.seams.append(SimpleNamespace(here=lambda: (misfit,)))
     with pytest.raises(PatchError, match="y"):
         made.check()
 

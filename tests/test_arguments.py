@@ -137,7 +137,7 @@ def extended(*given_words: str) -> tuple[argparse.ArgumentParser, Namespace]:
         return add_slime_arguments
 
     provider = arguments.add_plugin_arguments(get_slime_extra_args_provider)
-    parser = provider(argparse.ArgumentParser())
+    parser = provider(argparse.ArgumentParser(allow_abbrev=False))  # as Megatron's
     return parser, parser.parse_args(given_words)
 
 

@@ -296,7 +296,7 @@ def test_each_rank_is_handed_the_routing_of_its_own_tokens_and_layers(
             lengths = [schedule.lengths[index] for index in samples]
             rows = [0 if rollout.traces[index] is None else len(rollout.traces[index]) for index in samples]
             local = packing.local(packing.positions(lengths, rank.context), rank.tensor)
-            taken = shard.take(samples, torch.device("cpu"))
+            taken = shard.take(samples, local)
             tokens, recorded = shards.which_count(lengths, rows, local)
             assert len(taken) == len(layers)
             if not layers:
@@ -331,6 +331,40 @@ def test_a_rank_asks_for_its_own_part_and_nothing_is_cut_in_vain(rollout: Rollou
             assert asked.setdefault(rank.data, {}).setdefault(name, tokens) == tokens, "of other tokens"
     for data, of_rank in enumerate(cuts):
         assert set(of_rank) == (set(asked[data]) if rollout.schedule.microbatches[data] else set())
+
+
+@settings(max_examples=60, deadline=None)
+@given(rollouts(), st.booleans(), st.randoms(use_true_random=False))
+def test_trainers_that_choose_their_microbatches_take_the_routing_of_their_own_tokens(
+    rollout: Rollout, by_layer: bool, chance: Any
+) -> None:
+    """slime before v0.3.0: the rollout manager knows whose a sample is, and no more."""
+    packing, routing = rollout.packing, rollout.routing
+    of_ranks = [[sample for samples in of_rank for sample in samples] for of_rank in rollout.schedule.microbatches]
+    schedule = Schedule(rollout.schedule.lengths, [[samples] for samples in of_ranks], scheduled=False)
+    cuts = shards.cut(rollout.traces, schedule, Packing(), routing, by_layer)
+    every = list(range(len(routing.layers)))
+    for rank in rollout.ranks():
+        if not (mine := list(of_ranks[rank.data])):
+            continue
+        fetched = [cuts[rank.data][name] for name in shards.names(Rank(rank.data), Packing(), every, by_layer)]
+        lengths = {sample: schedule.lengths[sample] for sample in mine}
+        shard = shards.UnscheduledShard(lengths, fetched, by_layer, routing)
+        chance.shuffle(mine)
+        while mine:
+            samples, mine = mine[: (count := chance.randint(1, len(mine)))], mine[count:]
+            local = packing.local(packing.positions([lengths[sample] for sample in samples], rank.context), rank.tensor)
+            taken = shard.take(samples, local)
+            assert taken.shape == (len(every), len(local), routing.topk)
+            assert taken.dtype == (torch.uint8 if routing.experts <= 256 else torch.int16)
+            for found, position in zip(taken.transpose(0, 1).tolist(), local.tolist(), strict=True):
+                expected, _ = rollout.expected(samples, position)
+                assert found == expected or expected is None
+                assert all(len(set(experts)) == routing.topk for experts in found)
+            shard.let_go()
+            with pytest.raises(PluginError, match="or was trained on before"):
+                shard.take(samples, local)
+            shard.begin()
 
 
 def unrecorded(traces: list[Any], lengths: list[int], packing: Packing, routing: Routing) -> list[int]:
@@ -377,6 +411,6 @@ def test_a_microbatch_that_nothing_was_cut_for_is_refused() -> None:
     (cuts,) = shards.cut(traces, Schedule([3, 3], [[[0], [1]]]), Packing(), routing, False)
     shard = shards.Shard([[0], [1]], [cuts[name] for name in shards.names(Rank(), Packing(), [0], False)], False)
     with pytest.raises(PluginError, match="none of those that the routing was cut for") as caught:
-        shard.take([1, 0], torch.device("cpu"))
+        shard.take([1, 0], torch.arange(6))
     assert caught.value.facts["its samples"] == [1, 0]
     assert caught.value.facts["cut for"] == "[0]; [1]"

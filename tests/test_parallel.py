@@ -347,7 +347,7 @@ RECOMPUTE: dict[str, tuple[dict[str, Any], Callable[[int, int], int]]] = {
 
 @pytest.fixture(scope="module")
 def without_recomputation(workers: Workers) -> Run:
-    one = case(EVEN, ["receive", "train", "train"], pipeline=2)
+    one = case(EVEN, ["receive", "train", "receive", "train"], pipeline=2)
     return Run(one, workers.run(one))
 
 
@@ -356,7 +356,7 @@ def test_one_forward_one_backward_with_recomputation(
     workers: Workers, without_recomputation: Run, recompute: str
 ) -> None:
     changed, times = RECOMPUTE[recompute]
-    one = case(EVEN, ["receive", "train", "train"], model=changed, pipeline=2)
+    one = case(EVEN, ["receive", "train", "receive", "train"], model=changed, pipeline=2)
     run = Run(one, workers.run(one))
     # The rollout is trained on twice, so that the second time's loss depends on the first one's gradients.
     twice = {which: {2 * n for n in each} for which, each in expected(run, times).items()}

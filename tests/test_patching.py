@@ -207,7 +207,7 @@ def test_wrap_coroutine_function_plainly_or_by_one():
     tools = load("orchard.tools")
     with applied(
         declare("a", "orchard.tools:pick", wrap=wrap),
-        declare("b", "orchard.tools:pick", wrap=short_cut),
+        declare("b", "orchard.tools:pick", wrap=short_cut, async_too=True),
         declare("c", "orchard.trees:Plant.water", wrap=wrap),
     ):
         assert inspect.iscoroutinefunction(tools.pick)
@@ -215,6 +215,16 @@ def test_wrap_coroutine_function_plainly_or_by_one():
         assert asyncio.run(tools.pick(2)) == ["async", "pick", 2]
         assert asyncio.run(tools.pick(0)) == ["async", "nothing to pick"]
         assert asyncio.run(load("orchard.trees").Plant().water(3)) == ["async", "Plant.water", "plant", 3]
+
+
+def test_a_plain_wrapper_of_a_coroutine_function_is_refused_unless_it_says_that_it_fits():
+    """It would go on when upstream has not begun."""
+    for target in ("orchard.tools:pick", "orchard.tools:pages", "orchard.trees:Plant.water"):
+        patch = declare("p", target, wrap=lambda original, *args: original(*args))
+        for refuse in (PatchSet(patch).apply, lambda patch=patch: check_statically(patch)):
+            with pytest.raises(PatchError, match="another sort of function") as caught:
+                refuse()
+            assert caught.value.facts["expected"] == "a plain function"
 
 
 def test_wrap_generator_function():
@@ -253,7 +263,7 @@ def test_wrap_async_generator_function():
         assert tools.closed == ["pages"]
         return answers
 
-    with applied(declare("p", "orchard.tools:pages", wrap=wrap)):
+    with applied(declare("p", "orchard.tools:pages", wrap=wrap, async_too=True)):
         assert inspect.isasyncgenfunction(tools.pages)
         assert asyncio.run(use()) == [0, "sent", 1, "caught"]
         tools.closed.clear()
@@ -327,9 +337,11 @@ def test_wrap_inherited_method_on_the_subclass_only():
 @pytest.mark.parametrize("name", ["seed", "price", "fruits", "water"])
 def test_wrap_inherited_methods_of_every_sort(name):
     trees = load("orchard.trees")
-    with applied(
-        declare("p", f"orchard.trees:Tree.{name}", wrap=lambda original, *args: original(*args[:-1], 2), inherited=True)
-    ):
+
+    def wrap(original, *args):
+        return original(*args[:-1], 2)
+
+    with applied(declare("p", f"orchard.trees:Tree.{name}", wrap=wrap, inherited=True, async_too=True)):
         result = getattr(trees.Tree("oak"), name)(1)
         result = asyncio.run(result) if name == "water" else list(result)
         assert result[-1] == (1 if name == "fruits" else 2)

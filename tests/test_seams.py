@@ -8,25 +8,27 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_plugins import Packing, Rank, Schedule, hookimpl, hookspecs
+from miles_plugins.compat import slime_rollout
 from miles_plugins.errors import PluginError, UpstreamError
 from miles_plugins.manager import Installed, Plugin, Plugins
 from miles_plugins.microbatch import Microbatch, current_microbatch, set_current
 from miles_plugins.patches import seam as seam_module
-from miles_plugins.patches.seam import Seam, all_seams, needed_seams, patch_set
+from miles_plugins.patches.seam import Seam, Variant, all_seams, needed_seams, patch_set
 from miles_plugins.patches.sglang import requests
 from miles_plugins.patches.slime import metrics, responses, rollout_manager, shared_data, training
-from miles_plugins.patching import Patch, check_statically
+from miles_plugins.patching import Patch, check_statically, has_attribute, has_parameter
 
 ROOT = Path(__file__).resolve().parents[1]
 
 SEAMS = all_seams()
-PATCHES = [patch for seam in SEAMS for patch in seam.patches]
+PATCHES = [patch for seam in SEAMS for patch in seam.everywhere()]
 HOOKS = {name: value for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")}
 # Called by the layer itself: by its commands, or in patches that are there whenever any plugin is (no Seam.hooks).
 OF_THE_LAYER = {
@@ -38,6 +40,7 @@ OF_THE_LAYER = {
     "receive_samples",
     "collect_train_data",
     "probe",
+    "doctor",
 }
 START_UP = {"driver", "worker", "trainer", "sglang_child"}
 PROCESSES = {
@@ -84,8 +87,12 @@ def test_seams_have_different_names():
 
 
 def test_patches_have_different_ids():
-    ids = [patch.id for patch in PATCHES]
+    """Those of two releases may be the same touch at two places."""
+    ids = [each for seam in SEAMS for each in {patch.id for patch in seam.everywhere()}]
     assert sorted({each for each in ids if ids.count(each) > 1}) == []
+    for seam in SEAMS:
+        for patches in (seam.patches, *(variant.patches for variant in seam.variants)):
+            assert len({patch.id for patch in patches}) == len(patches)
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.id)
@@ -100,9 +107,59 @@ def test_a_patch_says_why_what_forces_it_and_until_when(patch):
 def test_a_patch_is_armed_where_it_is_needed(seam):
     """A role that needs a patch must come from a start-up role in which the seam is armed."""
     starts_as = {"driver": "driver", "rollout_manager": "worker", "engine": "worker", "trainer": "trainer"}
-    for patch in seam.patches:
+    for patch in seam.everywhere():
         for role in patch.roles:
             assert seam.needed_in(starts_as.get(role, "sglang_child")), f"{patch.id} in {role}"
+
+
+# -- variants --------------------------------------------------------------------------------------------------------
+
+
+def variant(**changed: Any) -> Variant:
+    return Variant("old releases", (), **changed)
+
+
+HERE, GONE = has_attribute("json:dumps"), has_attribute("json:dumps_of_long_ago")
+
+
+@pytest.mark.parametrize(
+    ("changed", "fits"),
+    [
+        ({"has": (HERE,)}, True),
+        ({"has": (GONE,)}, False),
+        ({"has": (HERE, GONE)}, False),
+        ({"lacks": (GONE,)}, True),
+        ({"lacks": (HERE,)}, False),
+        ({"lacks": (GONE, HERE)}, False),
+        ({"has": (HERE,), "lacks": (GONE,)}, True),
+        ({"has": (HERE,), "lacks": (HERE,)}, False),
+        ({"has": (has_parameter("json:dumps", "indent"),)}, True),
+        ({"has": (has_parameter("json:dumps", "colour"),)}, False),
+        ({"has": (has_attribute("json"),), "lacks": (has_attribute("json.observability"),)}, True),
+    ],
+)
+def test_a_variant_is_known_by_what_upstream_has_and_lacks(changed, fits):
+    assert variant(**changed).fits() is fits
+
+
+def test_the_first_variant_that_fits_is_used_and_else_the_newest_releases_patches():
+    newest, older, oldest = (PATCHES[number] for number in range(3))
+    seam = Seam(
+        "s", (), (newest,), variants=(Variant("b", (older,), has=(GONE,)), Variant("c", (oldest,), has=(HERE,)))
+    )
+    assert seam.here() == (oldest,)
+    assert seam.everywhere() == (newest, older, oldest)
+    assert [each.id for each in seam_module.patch_set([seam])] == [oldest.id]
+    # Where nothing fits, the newest's are checked, and say by name what is missing.
+    assert Seam("s", (), (newest,), variants=(Variant("b", (older,), has=(GONE,)),)).here() == (newest,)
+
+
+@pytest.mark.parametrize("seam", [seam for seam in SEAMS if seam.variants], ids=lambda seam: seam.name)
+def test_a_release_that_lost_something_is_not_taken_for_another(seam):
+    """A variant is chosen by something that must be there: an empty upstream is none of them."""
+    for each in seam.variants:
+        assert each.releases
+        assert each.has or each.lacks
 
 
 def test_order_is_declared_between_patches_of_one_target_that_exist():
@@ -162,7 +219,8 @@ def test_every_hook_is_called_with_just_its_arguments():
         assert keywords == set(inspect.signature(HOOKS[hook]).parameters), where
         if "/embedded/" not in where:  # the real stack is to call each of them
             called.add(hook)
-    missing = set(HOOKS) - called - {"register_arguments", "choose_device"}  # called by hand; a switch, never called
+    by_hand = {"register_arguments", "doctor"}
+    missing = set(HOOKS) - called - by_hand - {"choose_device"}  # a switch, never called
     assert missing == set()
 
 
@@ -170,7 +228,7 @@ def test_every_hook_is_called_with_just_its_arguments():
 def test_a_hook_says_when_and_where_it_is_called(hook):
     text = inspect.getdoc(HOOKS[hook])
     assert text
-    assert "every process" in text or any(role in text for role in PROCESSES)
+    assert "every process" in text or "before any run" in text or any(role in text for role in PROCESSES)
 
 
 @pytest.mark.parametrize("name", ["r3_replay", "cpu_rehearsal", "metrics_jsonl"])
@@ -246,12 +304,13 @@ def upstream(monkeypatch, slime, megatron):
 
 @pytest.mark.upstream
 @pytest.mark.usefixtures("upstream")
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.id)
-def test_a_patch_fits_the_installed_upstream(patch):
-    notes = check_statically(patch)
-    package = patch.target.partition(".")[0].partition(":")[0]
-    assert f"not installed here: {package}" not in notes or package not in ("slime", "megatron", "torch", "ray")
-    assert [note for note in notes if note.startswith("drifted")] == []
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+def test_a_seams_patches_fit_the_installed_upstream(seam):
+    for patch in seam.here():
+        notes = check_statically(patch)
+        package = patch.target.partition(".")[0].partition(":")[0]
+        assert f"not installed here: {package}" not in notes or package not in ("slime", "megatron", "torch", "ray")
+        assert [note for note in notes if note.startswith("drifted")] == []
 
 
 @pytest.mark.upstream
@@ -680,6 +739,17 @@ def slimes_split(boxes=("box 0", "box 1")):
     return split
 
 
+def test_where_the_trainers_schedule_the_boxes_say_whose_a_sample_is(active, ray):
+    """slime before v0.3.0."""
+    told = []
+    active(share_train_data=lambda args, schedule: told.append((args, schedule)) or [{"a": 0}, {"a": 1}])
+    data = [{"partition": each, "total_lengths": LENGTHS, "tokens": []} for each in ([0, 2, 4], range(1, 4, 2))]
+    boxes = [SimpleNamespace(inner=ray.put(each)) for each in data]
+    shared = shared_data.split_train_data(lambda: boxes, "args")
+    assert told == [("args", Schedule(LENGTHS, [[[0, 2, 4]], [[1, 3]]], scheduled=False))]
+    assert [ray.get(ray.get(box.shared)["a"]) for box in shared] == [0, 1]
+
+
 def test_the_schedule_names_samples_as_the_training_data_does(active, ray):
     told = []
     active(share_train_data=lambda args, schedule: told.append((args, schedule)) or [{}, {}])
@@ -757,8 +827,10 @@ def test_a_split_without_a_schedule_is_refused(active, ray):
     shared_data.split_train_data(slimes_split(), "args")
     before = shared_data._scheduled.set(Schedule([1], [[[0]]]))  # somebody looked at what would be scheduled
     try:
-        with pytest.raises(PluginError, match="without the schedule"):
-            shared_data.split_train_data(lambda: [SimpleNamespace(inner="box")] * 2, "args")
+        for data in ({"tokens": []}, {"partition": [0], "total_lengths": [1], "micro_batch_indices": [[0]]}):
+            box = SimpleNamespace(inner=ray.put(data))
+            with pytest.raises(PluginError, match="without the schedule"):
+                shared_data.split_train_data(lambda box=box: [box] * 2, "args")
     finally:
         shared_data._scheduled.reset(before)
     assert shared_data._scheduled.get() is None
@@ -812,3 +884,45 @@ def test_boxes_carry_what_is_shared_where_one_plugin_shares_or_receives(active, 
     boxes = manager._split_train_data_by_dp({})
     assert [box.inner for box in boxes] == ["box 0", "box 1"]
     assert [list(ray.get(box.shared)) for box in boxes] == ([["a"], ["b"]] if hook == "share_train_data" else [[], []])
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_slime_does_not_see_routing_that_a_plugin_takes(active, manager, hidden):
+    """slime after v0.3.1 makes tensors of it while it converts the samples, and checks them."""
+    seen = []
+    hooks = {"take_routed_experts": lambda: True} if hidden else {"collect_train_data": lambda: None}
+    active(**hooks)
+    samples = [SimpleNamespace(tokens=[0], remove_sample=False, rollout_routed_experts=number) for number in range(2)]
+
+    def convert(self: Any, samples: Any) -> dict[str, Any]:
+        seen.extend(each.rollout_routed_experts for each in samples)
+        return {}
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as changed:
+        changed.setattr(SlimesManager, "_convert_samples_to_train_data", convert)
+        manager._convert_samples_to_train_data(samples)
+    assert seen == ([None, None] if hidden else [0, 1])
+    assert [each.rollout_routed_experts for each in samples] == [0, 1]
+    with patch.context() as changed:
+        changed.setattr(SlimesManager, "_convert_samples_to_train_data", lambda self, samples: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            manager._convert_samples_to_train_data(samples)
+    assert [each.rollout_routed_experts for each in samples] == [0, 1]
+
+
+@pytest.mark.parametrize("release", ["before v0.2.3", "since v0.2.3"])
+def test_the_server_of_the_trained_weights_in_every_release(release):
+    """Before v0.2.3 there is one server, with its router in the arguments."""
+    args = SimpleNamespace(sglang_router_ip="1.2.3.4", sglang_router_port=5)
+    trained = SimpleNamespace(router_ip="1.2.3.4", router_port=5, engines=["a"], all_engines=["a", "b"])
+    if release == "before v0.2.3":
+        up = SimpleNamespace(args=args, rollout_engines=["a"], all_rollout_engines=["a", "b"])
+        none = SimpleNamespace(args=args, rollout_engines=[], all_rollout_engines=[])
+    else:
+        frozen = SimpleNamespace(all_engines=["c"])
+        up = SimpleNamespace(_get_updatable_server=lambda: trained, servers={"actor": trained, "ref": frozen})
+        none = SimpleNamespace(_get_updatable_server=lambda: None, servers={})
+    assert slime_rollout.trained_server(up) == slime_rollout.TrainedServer("http://1.2.3.4:5", ["a"])
+    assert slime_rollout.engine_count(up) == (2 if release == "before v0.2.3" else 3)
+    assert (slime_rollout.trained_server(none), slime_rollout.engine_count(none)) == (None, 0)

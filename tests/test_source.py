@@ -5,12 +5,15 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
+import pickle
 import sys
 import textwrap
 import typing
+from dataclasses import replace
 
 import pytest
 
+from miles_plugins.compat import source
 from miles_plugins.compat.source import (
     compare_signatures,
     describe,
@@ -365,6 +368,35 @@ def test_text_in_the_first_column(package, tmp_path):
     importlib.invalidate_caches()
     loaded = importlib.import_module("flush")
     assert find_definition("flush:K.m").fingerprint == source_fingerprint(loaded.K.m)
+
+
+def test_a_fingerprint_is_computed_when_it_is_asked_for(package, monkeypatch):
+    package(init="def f(a): return a")
+    asked = []
+    original = source._fingerprint_of_node
+    monkeypatch.setattr(source, "_fingerprint_of_node", lambda node: asked.append(node) or original(node))
+    found = find_definition("vale:f")
+    assert (found.kind, str(found.signature), asked) == ("function", "(a)", [])
+    first = found.fingerprint
+    assert (found.fingerprint, len(asked), len(first)) == (first, 1, 16)
+
+
+def test_definitions_with_different_bodies_differ(package):
+    package(one="def f(a): return a", two="def f(a): return 2")
+    one, two = (replace(find_definition(f"vale.{name}:f"), target="", signature=None) for name in ("one", "two"))
+    same = replace(find_definition("vale.one:f"), target="", signature=None)
+    assert one == same
+    assert hash(one) == hash(same)
+    assert replace(one, path=None) != replace(two, path=None)
+
+
+def test_a_definition_is_pickled_with_its_fingerprint_and_without_its_tree(package):
+    package(init="def f(a): return a")
+    found = replace(find_definition("vale:f"), signature=None)
+    pickled = pickle.dumps(found)
+    assert pickle.loads(pickled) == found
+    assert pickle.loads(pickled).fingerprint == find_definition("vale:f").fingerprint
+    assert b"FunctionDef" not in pickled
 
 
 # -- real code -------------------------------------------------------------------------------------------------------

@@ -8,11 +8,13 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 pytestmark = pytest.mark.upstream
 
@@ -21,13 +23,16 @@ def rehearse(
     slime: Path, megatron: Path, folder: Path, *options: str, path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "miles_plugins.entrypoints.cli", "rehearse", "--json", "--folder", str(folder)]
-    return subprocess.run(
-        [*command, "--slime", str(slime), "--megatron", str(megatron), *options],
-        env={**os.environ, "PYTHONPATH": str(path)} if path else None,
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
+    paths = os.pathsep.join(filter(None, [str(path or ""), os.environ.get("PYTHONPATH")]))
+    # slime looks for free ports from 15000 on in each run: two at once would find the same.
+    with FileLock(Path(tempfile.gettempdir(), f"miles-plugins-rehearsal-{os.getuid()}.lock")):
+        return subprocess.run(
+            [*command, "--slime", str(slime), "--megatron", str(megatron), *options],
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            timeout=800,
+        )
 
 
 def passed(result: subprocess.CompletedProcess[str], folder: Path, rollouts: int = 3) -> dict[str, Any]:

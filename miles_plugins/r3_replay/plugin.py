@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from miles_plugins import Microbatch, Packing, PluginError, Rank, Schedule, current_microbatch, hookimpl
-from miles_plugins.r3_replay import engine_probe, refusals, shards, wire
+from miles_plugins import Finding, Microbatch, Packing, PluginError, Rank, Schedule, current_microbatch, hookimpl
+from miles_plugins.r3_replay import engine_probe, environment, refusals, shards, wire
 from miles_plugins.r3_replay.replay import DIFFERENT, RECORDED, REPLAYED, TOKENS, Recorded, Replay
 from miles_plugins.r3_replay.trace import Routing, RoutingTrace, join, moe_layers, refused
 
@@ -45,6 +45,14 @@ _shares: deque[float] = deque(maxlen=REMEMBERED)
 
 def _routing(args: Namespace) -> Routing:
     return Routing(tuple(moe_layers(args.num_layers, args.moe_layer_freq)), args.moe_router_topk, args.num_experts)
+
+
+# -- miles-plugins doctor --------------------------------------------------------------------------------------------
+
+
+@hookimpl
+def doctor() -> Sequence[Finding]:
+    return environment.findings()
 
 
 # -- the driver ------------------------------------------------------------------------------------------------------
@@ -178,7 +186,7 @@ def receive_samples(args: Namespace, samples: Sequence[Any]) -> None:
 
 @hookimpl
 def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict[str, Any]) -> None:
-    import torch
+    import numpy
 
     found, expected = [list(tokens) for tokens in train_data["tokens"]], [list(sample.tokens) for sample in samples]
     if found != expected:
@@ -206,8 +214,8 @@ def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict
     _received.update(bytes=0, rows=0, seconds=0.0)
     _traces[:] = [sample.rollout_routed_experts for sample in samples]
     # The routing itself goes its own way, in `share_train_data`; slime carries which sample it is of, its rows, tokens.
-    train_data["rollout_routed_experts"] = [
-        torch.tensor([number, 0 if trace is None else len(trace), len(sample.tokens)])
+    train_data["rollout_routed_experts"] = [  # arrays: slime before v0.3.1 makes tensors of them
+        numpy.array([number, 0 if trace is None else len(trace), len(sample.tokens)])
         for number, (trace, sample) in enumerate(zip(_traces, samples, strict=True))
     ]
 
@@ -216,7 +224,8 @@ def collect_train_data(args: Namespace, samples: Sequence[Any], train_data: dict
 def share_train_data(args: Namespace, schedule: Schedule) -> Sequence[Mapping[str, Any]]:
     experts = [None if trace is None else trace.experts for trace in _traces]
     _traces.clear()
-    cuts = shards.cut(experts, schedule, Packing.of(args), _routing(args), _by_layer(args))
+    packing = Packing.of(args) if schedule.scheduled else Packing()  # else whole samples: the trainers lay them out
+    cuts = shards.cut(experts, schedule, packing, _routing(args), _by_layer(args))
     return [{**of_rank, LAYOUT: _layout(args)} for of_rank in cuts]
 
 
@@ -313,10 +322,14 @@ def receive_train_data(
             {"rollout manager": found, "trainer": _layout(args)},
             "give the parallel layout on the command line, for all processes, not in --megatron-config-path",
         )
-    numbers = [int(handle[0]) for handle in rollout_data["rollout_routed_experts"]]
-    microbatches = [[numbers[local] for local in samples] for samples in rollout_data["micro_batch_indices"]]
-    names = shards.names(rank, Packing.of(args), _replay.local_layers, _by_layer(args))
-    _shard = shards.Shard(microbatches, fetch(names), _by_layer(args))
+    samples = {int(number): int(tokens) for number, _, tokens in rollout_data["rollout_routed_experts"]}
+    if (microbatches := rollout_data.get("micro_batch_indices")) is None:
+        whole = fetch(shards.names(Rank(rank.data), Packing(), _replay.local_layers, _by_layer(args)))
+        _shard = shards.UnscheduledShard(samples, whole, _by_layer(args), _routing(args))
+        return
+    numbers = list(samples)
+    parts = fetch(shards.names(rank, Packing.of(args), _replay.local_layers, _by_layer(args)))
+    _shard = shards.Shard([[numbers[local] for local in each] for each in microbatches], parts, _by_layer(args))
 
 
 @hookimpl
@@ -366,7 +379,7 @@ def microbatch_begins(microbatch: Microbatch) -> None:
             {"tokens": lengths, "in the rollout": list(tokens_then), "rows of routing": list(rows)},
             "whatever changes the samples after the rollout must change their routing with them",
         )
-    indices = _shard.take(numbers, microbatch.positions.device, _replay.rows_of(microbatch.chunk))
+    indices = _shard.take(numbers, microbatch.positions, _replay.rows_of(microbatch.chunk))
     tokens, recorded = shards.which_count(lengths, rows, microbatch.positions)
     mine = Recorded(indices, recorded, tokens, microbatch.chunk)
     microbatch.values["r3_replay"] = mine

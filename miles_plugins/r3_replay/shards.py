@@ -5,7 +5,8 @@ A cut is what one rank needs of one microbatch: its tokens, in the order in whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins import Packing, PluginError, Rank, Schedule
@@ -115,36 +116,89 @@ class Shard:
         for samples in self._taken:
             self._cuts.pop(samples, None)
 
-    def take(self, samples: Sequence[int], device: torch.device, rows: Sequence[int] | None = None) -> torch.Tensor:
-        """[layers, tokens, topk] ids of one microbatch on `device`, in one copy from pinned memory.
+    def take(self, samples: Sequence[int], positions: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """[layers, tokens, topk] ids of one microbatch on the device of `positions`, in one copy from pinned memory.
 
         Args:
+            positions: [tokens] where this rank's tokens come from, see `Microbatch`.
             rows: which of the fetched layers, for a model chunk that holds some of the rank's; by default all.
 
         Raises:
             PluginError: no microbatch was cut for just these samples, or it was trained on before.
         """
-        import torch
-
-        parts = self._cuts.get(tuple(samples))
-        if parts is None:
-            raise PluginError(
-                "a microbatch is none of those that the routing was cut for, or was trained on before",
-                {"its samples": list(samples), "cut for": "; ".join(str(list(key)) for key in list(self._cuts)[:8])},
-                "whatever changes slime's microbatches after the rollout must leave them as they were scheduled",
-            )
+        parts = self._parts(tuple(samples), positions)
         self._taken.add(tuple(samples))
         if self._by_layer and rows is not None:
             parts = [parts[row] for row in rows]
-        if not parts:  # a pipeline stage without MoE layers
-            return torch.empty((0, 0, 0), dtype=torch.uint8, device=device)
-        dtype = torch.uint8 if parts[0].itemsize == 1 else torch.int16
-        shape = (len(parts), *parts[0].shape) if self._by_layer else parts[0].shape
-        staged = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-        for target, part in zip(staged.numpy() if self._by_layer else [staged.numpy()], parts, strict=True):
-            target[...] = part
-        moved = staged.to(device, non_blocking=True)
-        return moved if self._by_layer else moved.transpose(0, 1)
+        return _on_device(parts, self._by_layer, positions.device)
+
+    def _parts(self, samples: tuple[int, ...], positions: torch.Tensor) -> Sequence[numpy.ndarray[Any, Any]]:
+        if samples in self._cuts:
+            return self._cuts[samples]
+        raise PluginError(
+            "a microbatch is none of those that the routing was cut for, or was trained on before",
+            {"its samples": list(samples), "cut for": "; ".join(str(list(key)) for key in list(self._cuts)[:8])},
+            "whatever changes slime's microbatches after the rollout must leave them as they were scheduled",
+        )
+
+
+class UnscheduledShard(Shard):
+    """All tokens of a rank's samples: its trainers choose their microbatches, and each takes its own tokens of them.
+
+    Args:
+        samples: the rank's samples -> their number of tokens, in their order.
+    """
+
+    def __init__(
+        self,
+        samples: Mapping[int, int],
+        parts: Sequence[Sequence[numpy.ndarray[Any, Any]]],
+        by_layer: bool,
+        routing: Routing,
+    ) -> None:
+        super().__init__([list(samples)], parts, by_layer)
+        self._begins = dict(zip(samples, itertools.accumulate(samples.values(), initial=0), strict=False))
+        self._lengths = dict(samples)
+        self._whole = tuple(samples)
+        self._routing = routing
+
+    def let_go(self) -> None:
+        for samples in self._taken:
+            for sample in samples:
+                self._lengths.pop(sample, None)
+        if not self._lengths:
+            self._cuts.clear()
+
+    def _parts(self, samples: tuple[int, ...], positions: torch.Tensor) -> Sequence[numpy.ndarray[Any, Any]]:
+        import torch
+
+        if unknown := [sample for sample in samples if sample not in self._lengths]:
+            return super()._parts(tuple(unknown), positions)
+        where = [torch.arange(self._begins[sample], self._begins[sample] + self._lengths[sample]) for sample in samples]
+        positions = positions.cpu()
+        tokens = torch.cat(where)[positions]  # the last one, for padding (-1)
+        padding = (positions < 0).nonzero()[:, 0].numpy()
+        made = spread(torch.arange(len(padding)), self._routing).numpy()
+        parts = []
+        for part in self._cuts[self._whole]:
+            mine = part[tokens.numpy()]
+            mine[padding] = made[:, 0] if self._by_layer else made
+            parts.append(mine)
+        return parts
+
+
+def _on_device(parts: Sequence[numpy.ndarray[Any, Any]], by_layer: bool, device: torch.device) -> torch.Tensor:
+    import torch
+
+    if not parts:  # a pipeline stage without MoE layers
+        return torch.empty((0, 0, 0), dtype=torch.uint8, device=device)
+    dtype = torch.uint8 if parts[0].itemsize == 1 else torch.int16
+    shape = (len(parts), *parts[0].shape) if by_layer else parts[0].shape
+    staged = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    for target, part in zip(staged.numpy() if by_layer else [staged.numpy()], parts, strict=True):
+        target[...] = part
+    moved = staged.to(device, non_blocking=True)
+    return moved if by_layer else moved.transpose(0, 1)
 
 
 def which_count(

@@ -46,14 +46,21 @@ def packed_attention(
 
 
 def split_sizes_as_numbers(
-    original: Callable[..., Any], ctx: Any, group: Any, input: Any, output_split_sizes: Any, input_split_sizes: Any
+    original: Callable[..., Any],
+    ctx: Any,
+    group: Any,
+    input: Any,
+    output_split_sizes: Any,
+    input_split_sizes: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Megatron turns them to numbers while it copies them off the GPU; here they never were on one."""
 
     def numbers(sizes: Any) -> Any:
         return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
-    return original(ctx, group, input, numbers(output_split_sizes), numbers(input_split_sizes))
+    return original(ctx, group, input, numbers(output_split_sizes), numbers(input_split_sizes), *args, **kwargs)
 
 
 def norm_under_sequence_parallelism(
@@ -93,12 +100,13 @@ def gate(
     return torch.nn.functional.linear(inp.to(router_dtype), weight.to(router_dtype), bias)
 
 
-def _patch(name: str, target: str, wrap: Callable[..., Any], reason: str, needed: bool = True) -> Patch:
+def _patch(name: str, target: str, wrap: Callable[..., Any], signature: str, reason: str) -> Patch:
     return Patch(
         id=f"megatron.cpu.{name}",
         target=target,
         wrap=wrap,
-        roles=frozenset({"trainer"}) if needed else frozenset(),
+        signature=signature,
+        roles=frozenset({"trainer"}),
         reason=reason,
         upstream="https://github.com/NVIDIA/Megatron-LM (megatron/core)",
         retire_when="Megatron-LM's local modules take packed sequences and run without a GPU",
@@ -115,30 +123,38 @@ SEAMS = (
                 "packed-attention",
                 "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
                 packed_attention,
+                "(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, "
+                "packed_seq_params=None)",
                 "slime always packs sequences, and Megatron's own attention refuses packed ones",
             ),
             _patch(
                 "all-to-all",
                 "megatron.core.tensor_parallel.mappings:_AllToAll.forward",
                 split_sizes_as_numbers,
+                "(ctx, group, input, output_split_sizes, input_split_sizes)",
                 "Megatron's split sizes stay tensors when they are on the CPU already",
             ),
             _patch(
                 "norm",
                 "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
                 norm_under_sequence_parallelism,
+                "(cls, config, hidden_size, eps=1e-5, persist_layer_norm=False, zero_centered_gamma=False, "
+                "normalization='LayerNorm')",
                 "Megatron's torch norm refuses sequence parallelism",
             ),
             _patch(
                 "pipeline-send",
                 "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops",
                 send_a_copy,
+                "(*, tensor_send_prev, tensor_recv_prev, tensor_send_next, tensor_recv_next, group, "
+                "prev_pipeline_rank, next_pipeline_rank)",
                 "with virtual pipeline stages Megatron frees what it sends while gloo has yet to read it",
             ),
             _patch(
                 "router-gate",
                 "megatron.core.transformer.moe.moe_utils:router_gating_linear",
                 gate,
+                "(inp, weight, bias, router_dtype)",
                 "without TransformerEngine Megatron's function stops with a NameError (te_general_gemm)",
             ),
         ),

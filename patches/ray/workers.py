@@ -15,7 +15,7 @@ from miles_plugins import attestation
 from miles_plugins.activation import ACTIVE, DIGEST, RUN, USER_SETUP_HOOK, current
 from miles_plugins.errors import AttestationError, PluginError
 from miles_plugins.patches.seam import Seam
-from miles_plugins.patching import Patch
+from miles_plugins.patching import Patch, has_parameter
 
 SETUP_HOOK = "miles_plugins.entrypoints.ray_worker.setup"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how `ray job submit` hands its runtime_env to the driver
@@ -27,7 +27,7 @@ def init(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     activation = current()
     if activation.role != "driver":
         return original(*args, **kwargs)
-    address = args[0] if args else kwargs.get("address")
+    address = next(filter(None, (*args, kwargs.get("address"))), None)
     if str(address or os.environ.get("RAY_ADDRESS", "")).startswith("ray://"):
         raise PluginError(
             "Ray Client cannot carry plugins: its workers take no setup hook",
@@ -127,6 +127,7 @@ def _root_cause(error: BaseException) -> str:
     return "\n".join(lines[ends[-1] :]) if ends else f"{type(error).__name__}: {error}"
 
 
+INIT = "ray._private.worker:init"
 SEAMS = (
     Seam(
         name="ray workers",
@@ -134,8 +135,9 @@ SEAMS = (
         patches=(
             Patch(
                 id="ray.init.setup-hook",
-                target="ray._private.worker:init",
+                target=INIT,
                 wrap=init,
+                needs=tuple(has_parameter(INIT, name) for name in ("address", "job_config", "runtime_env")),
                 roles=frozenset({"driver"}),
                 reason="slime leaves ray.init to Ray, so nothing else can give its workers a setup hook",
                 upstream="https://docs.ray.io/en/latest/ray-core/api/runtime-env.html (worker_process_setup_hook)",

@@ -15,7 +15,7 @@ from miles_plugins.activation import current
 from miles_plugins.errors import PluginError
 from miles_plugins.patches.seam import Seam
 from miles_plugins.patches.sglang.routing import RUNNER, SCHEDULER, SOURCE, Plan, Rows, plan_of_this_model
-from miles_plugins.patching import Patch
+from miles_plugins.patching import Patch, has_parameter
 
 if TYPE_CHECKING:
     import torch
@@ -149,6 +149,7 @@ def _widened(experts: torch.Tensor) -> torch.Tensor:
     return wide
 
 
+CREATE = f"{RUNNER}:RoutedExpertsCapturer.create"
 SEAMS = (
     Seam(
         name="narrow routing record",
@@ -156,8 +157,9 @@ SEAMS = (
         patches=(
             Patch(
                 id="sglang.routing.narrow",
-                target=f"{RUNNER}:RoutedExpertsCapturer.create",
+                target=CREATE,
                 wrap=create,
+                needs=tuple(has_parameter(CREATE, name) for name in ("num_tokens", "model_config")),
                 roles=SCHEDULER,
                 reason="SGLang records four bytes an expert id, and layers that have no experts",
                 upstream=f"{SOURCE}/v0.5.15.post1/python/sglang/srt/state_capturer/base.py",
@@ -167,6 +169,7 @@ SEAMS = (
                 id="sglang.routing.encode",
                 target="sglang.srt.managers.detokenizer_manager:DetokenizerManager.handle_batch_token_id_out",
                 wrap=encode,
+                signature="(self, recv_obj)",
                 roles=frozenset({"sglang_detokenizer"}),
                 reason="SGLang's answer is base64 of int32, which says neither its shape nor its type",
                 upstream=f"{SOURCE}/v0.5.15.post1/python/sglang/srt/managers/detokenizer_manager.py",
@@ -176,6 +179,8 @@ SEAMS = (
                 id="sglang.routing.encode-directly",
                 target="sglang.srt.managers.tokenizer_manager:TokenizerManager._handle_batch_output",
                 wrap=encode_directly,
+                async_too=True,  # since 0.5.12 it is
+                signature="(self, recv_obj)",
                 roles=frozenset({"sglang_server"}),
                 reason="with --skip-tokenizer-init the detokenizer is passed by, and the server encodes",
                 upstream=f"{SOURCE}/v0.5.15.post1/python/sglang/srt/managers/tokenizer_manager.py",

@@ -24,6 +24,8 @@ SEAMS = (
                 id="sglang.request.received",
                 target="sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
                 wrap=generate_request,
+                async_too=True,
+                signature="(self, obj, request=None)",
                 roles=frozenset({"sglang_server"}),
                 reason="sglang-router forwards only the fields it knows",
                 upstream="https://github.com/THUDM/slime/blob/v0.2.3/docs/en/advanced/slime-router.md",

@@ -283,6 +283,7 @@ SEAMS = (
                 id="sglang.routing.mixed-batch",
                 target="sglang.srt.managers.scheduler:Scheduler.stream_output_generation",
                 wrap=keep_rows_with_their_request,
+                signature="(self, reqs, return_logprob, skip_req=None, is_idle_batch=False)",
                 inherited=True,  # of a mixin that is Scheduler's only
                 superseded_when=has_attribute(
                     "sglang.srt.managers.scheduler_components.output_streamer:_GenerationStreamAccumulator.routed_experts"

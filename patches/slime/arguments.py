@@ -34,7 +34,12 @@ def add_plugin_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any
         for plugin in plugins:
             if plugin.implements("register_arguments"):
                 plugins.ask(plugin, "register_arguments", parser=parser.add_argument_group(f"plugin {plugin.name}"))
-        _main_options.update(parser._option_string_actions)
+        for action in parser._actions:
+            if isinstance(action.help, tuple):  # a comma too many, before v0.3.0: --help would end in an error
+                action.help = "".join(action.help)
+        # Megatron's parser. slime v0.2.2 first builds one without its flags, only to ask for --train-backend.
+        if not parser.allow_abbrev:
+            _main_options.update(parser._option_string_actions)
         return parser
 
     return add_all_arguments
@@ -43,9 +48,10 @@ def add_plugin_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any
 def record_sglang_options(
     original: Callable[..., Any], parser: argparse.ArgumentParser, *args: Any, **kwargs: Any
 ) -> Any:
-    """Remember the flags of slime's separate parser for SGLang."""
+    """Remember the flags that slime takes from SGLang; slime v0.2.2 adds them to the parser that has all others."""
+    before = set(parser._option_string_actions)
     result = original(parser, *args, **kwargs)
-    _sglang_options.update(parser._option_string_actions)
+    _sglang_options.update(set(parser._option_string_actions) - before)
     return result
 
 
@@ -78,7 +84,8 @@ def check_flags(cause: BaseException | None = None) -> None:
         add_sglang_arguments(argparse.ArgumentParser(add_help=False))
     exact = {*_PRE_PARSED, *_main_options, *current().allowed_flags}
     try:
-        refuse_unknown_flags(sys.argv[1:], exact, _sglang_options)
+        # SGLang's flags that stand in the main parser (slime v0.2.2) are taken by their whole names, as all there.
+        refuse_unknown_flags(sys.argv[1:], exact, _sglang_options - _main_options)
     except ArgumentError as error:
         raise error from cause
 

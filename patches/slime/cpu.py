@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from miles_plugins.patches.seam import Seam
+from miles_plugins.patches.seam import Seam, Variant
 from miles_plugins.patches.torch.cpu import device_mode
-from miles_plugins.patching import Patch
+from miles_plugins.patching import Patch, has_attribute
 
 _LOCAL_EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$")
 
@@ -55,8 +55,31 @@ def enter_device_mode(original: Callable[..., Any], self: Any, *args: Any, **kwa
     original(self, *args, **kwargs)
 
 
+def is_available(original: Callable[..., Any], *args: Any) -> bool:
+    """slime's CUDA accelerator: its calls of torch.cuda are answered by the CPU here (see patches/torch/cpu.py)."""
+    return True
+
+
+def current_device(original: Callable[..., Any], self: Any, index: Any = None) -> Any:
+    """slime wants torch.cuda's number, and hands it, or "cuda:" with it, to torch as a device; the CPU has none."""
+    return self._module().current_device()
+
+
 def leave_torch_distributed_alone(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """slime's reloadable groups serve offloading, which needs a GPU; they do not forward newer torch's collectives."""
+
+
+def _accelerator(name: str, target: str, signature: str, wrap: Callable[..., Any] = is_available) -> Patch:
+    return Patch(
+        id=f"slime.cpu.accelerator-{name}",
+        target=f"slime.utils.accelerator{target}",
+        wrap=wrap,
+        signature=signature,
+        roles=frozenset({"trainer"}),
+        reason="slime looks for a GPU before it trains",
+        upstream="https://github.com/THUDM/slime/blob/624b824a8/slime/utils/accelerator",
+        retire_when="slime has an accelerator for CPUs",
+    )
 
 
 SEAMS = (
@@ -73,6 +96,24 @@ SEAMS = (
                 reason='Megatron-LM writes device="cuda" in its code',
                 upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/ray/train_actor.py",
                 retire_when="Megatron-LM runs without a GPU",
+            ),
+        ),
+    ),
+    Seam(
+        name="accelerator",
+        hooks=("choose_device",),
+        patches=(
+            _accelerator("found", ":_cuda_available", "()"),
+            _accelerator("usable", ".cuda:CUDAAccelerator.is_available", "(self)"),
+            _accelerator("number", ".torch_accelerator:TorchAccelerator.current_device", "(self)", current_device),
+            _accelerator("device", ".torch_accelerator:TorchAccelerator.device", "(self, index=None)", current_device),
+        ),
+        variants=(
+            Variant(
+                "slime up to v0.3.1",  # asks torch.cuda
+                (),
+                has=(has_attribute("slime.utils.logging_utils"),),
+                lacks=(has_attribute("slime.utils.accelerator"),),
             ),
         ),
     ),
@@ -101,6 +142,7 @@ SEAMS = (
                 id="slime.cpu.parameter-names",
                 target="slime.backends.megatron_utils.update_weight.common:named_params_and_buffers",
                 wrap=named_params_and_buffers,
+                signature="(args, model, convert_to_global_name=True, translate_gpu_to_cpu=False)",
                 roles=frozenset({"trainer"}),
                 reason="slime's converters know only the parameter names of TransformerEngine's modules",
                 upstream="https://github.com/THUDM/slime/tree/v0.3.1/slime/backends/megatron_utils/megatron_to_hf",

@@ -1,4 +1,4 @@
-"""slime's processes report what they run, and training begins only when every one of them is verified."""
+"""slime's processes report what they run; training begins, and goes on, only while every one of them is verified."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,39 +33,68 @@ def verify_before_training(
     import ray
 
     models = original(args, pgs, rollout_manager, *rest, **kwargs)
-    ray.get(rollout_manager.get_updatable_engines_and_lock.remote())  # waits for its __init__, so for its engines
+    ray.get(rollout_manager.engines_are_up.remote())
     require_all_processes(args)
     return models
 
 
-def require_all_processes(args: Any) -> None:
+def verify_again(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """slime restarts engines when weights are sent: before the next rollout, compare the reports of what is new."""
+    import ray
+
+    result = original(self, *args, **kwargs)
+    registry = ray.get_actor(attestation.registry_name(current().run))
+    if ray.get(registry.changes.remote()) != _compared:
+        require_all_processes(self.args, "training does not go on")
+    return result
+
+
+_compared = 0  # how many changes the registry had counted when the driver last compared
+
+
+def require_all_processes(args: Any, consequence: str = "training does not begin") -> None:
     """Raise unless every process that this run has reported the driver's plugin set, verified."""
     import ray
 
+    global _compared
     activation = current()
     registry = ray.get_actor(attestation.registry_name(activation.run))
+    _compared = ray.get(registry.changes.remote())
     reports = [activation.report(), *ray.get(registry.all.remote())]
     if folder := os.environ.get(RUN_DIR):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "processes.json").write_text(json.dumps(reports, indent=1))
+        write_processes(Path(folder), reports)
+    problems = attestation.problems(
+        reports,
+        activation.plugins.digest,
+        expected_processes(args, reports),
+        activation.sides,
+        activation.needed_patches,
+    )
+    if problems:
+        raise AttestationError(
+            f"{consequence}: not every process runs the plugins, verified",
+            {str(number): problem for number, problem in enumerate(problems, 1)},
+            "the log of the named process says more",
+        )
+    logger.info(attestation.summary(reports, activation.plugins.digest))
+
+
+def expected_processes(args: Any, reports: Sequence[attestation.Report]) -> dict[str, int]:
+    """How many processes of each role this run has."""
     expected = {"driver": 1, "rollout_manager": 1}
     if not args.debug_rollout_only:
         expected["trainer"] = args.actor_num_nodes * args.actor_num_gpus_per_node * (2 if args.use_critic else 1)
     if engines := sum(report.get("engines", 0) for report in reports):
         expected["engine"] = engines
-    for report in reports:
-        for role, count in report.get("children", {}).items():
-            expected[role] = expected.get(role, 0) + count
-    problems = attestation.problems(
-        reports, activation.plugins.digest, expected, {plugin.name: plugin.sides for plugin in activation.plugins}
-    )
-    if problems:
-        raise AttestationError(
-            "training does not begin: not every process runs the plugins, verified",
-            {str(number): problem for number, problem in enumerate(problems, 1)},
-            "the log of the named process says more",
-        )
-    logger.info(attestation.summary(reports, activation.plugins.digest))
+    return {**expected, **attestation.children_of(reports)}
+
+
+def write_processes(folder: Path, reports: Sequence[attestation.Report]) -> None:
+    """Write the run's processes down; who reads meanwhile sees the earlier file or this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "processes.json.partial"
+    partial.write_text(json.dumps(reports, indent=1))
+    partial.replace(folder / "processes.json")
 
 
 # -- Ray actors ------------------------------------------------------------------------------------------------------
@@ -84,6 +113,8 @@ def report_trainer(original: Callable[..., Any], self: Any, args: Any, role: str
 
 def report_engine(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Pass on what the processes of this engine's SGLang server say."""
+    import ray
+
     activation = current()
     activation.role = "engine"
     activation.rank = str(self.rank)
@@ -95,8 +126,11 @@ def report_engine(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
         attestation.read_child_reports(activation.run, engine)  # a child's own error says more than "server died"
         raise
     expected = expected_children(_launched[0]) if _launched else {}
-    children = wait_for_children(engine, expected)
-    attestation.send(activation.run, [{**activation.report(), "children": expected}, *children])
+    # The rollout manager knows an engine by its actor's id: one that slime restarts has the rank of the one before.
+    whose = {"actor": ray.get_runtime_context().get_actor_id(), "rank": activation.rank}
+    own = {**activation.report(), **whose, "children": expected}
+    children = [{**child, **whose} for child in wait_for_children(engine, expected)]
+    attestation.send(activation.run, [own, *children])
     return result
 
 
@@ -175,6 +209,16 @@ SEAMS = (
                 roles=frozenset({"driver"}),
                 reason="train.py has no hook between building both sides and the first rollout",
                 upstream="https://github.com/THUDM/slime/blob/v0.3.1/train.py",
+                retire_when="slime checks its workers' plugins itself",
+            ),
+            Patch(
+                id="slime.driver.verify-again",
+                target="slime.ray.actor_group:RayTrainGroup.update_weights",
+                wrap=verify_again,
+                signature="(self)",
+                roles=frozenset({"driver"}),
+                reason="train.py has no hook between a restart (--use-fault-tolerance) and the next rollout",
+                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/ray/actor_group.py",
                 retire_when="slime checks its workers' plugins itself",
             ),
             Patch(

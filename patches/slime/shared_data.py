@@ -13,8 +13,8 @@ from typing import Any
 from miles_plugins.activation import current
 from miles_plugins.errors import PluginError
 from miles_plugins.packing import Rank, Schedule
-from miles_plugins.patches.seam import Seam
-from miles_plugins.patching import Patch
+from miles_plugins.patches.seam import Seam, Variant
+from miles_plugins.patching import Patch, has_attribute, has_parameter
 
 _scheduled: ContextVar[Schedule | None] = ContextVar("scheduled", default=None)
 
@@ -58,16 +58,26 @@ def split_train_data(original: Callable[..., Any], args: Any) -> Any:
     finally:
         _scheduled.reset(token)
     if schedule is None:
-        raise PluginError(
-            "slime split the training data without the schedule that plugins cut theirs by",
-            {"expected": "a call of slime.utils.dp_schedule.build_dp_schedule"},
-            "use a listed stack (docs/compatibility.md)",
-        )
+        schedule = _of_boxes(boxes)
     shared: list[dict[str, Any]] = [{} for _ in boxes]
     for of_plugin in current().hook.share_train_data(args=args, schedule=schedule):
         for everything, values in zip(shared, of_plugin, strict=True):
             everything |= {name: ray.put(value) for name, value in values.items()}
     return [SharedBox(box.inner, ray.put(values)) for box, values in zip(boxes, shared, strict=True)]
+
+
+def _of_boxes(boxes: Sequence[Any]) -> Schedule:
+    """Before v0.3.0 slime's trainers schedule their microbatches themselves; the boxes say whose the samples are."""
+    import ray
+
+    found = [ray.get(box.inner) for box in boxes]
+    if any("micro_batch_indices" in data or "partition" not in data for data in found):
+        raise PluginError(
+            "slime split the training data without the schedule that plugins cut theirs by",
+            {"expected": "a call of slime.utils.dp_schedule.build_dp_schedule", "fields": ", ".join(found[0])},
+            "use a listed stack (docs/compatibility.md)",
+        )
+    return Schedule(list(found[0]["total_lengths"]), [[list(data["partition"])] for data in found], scheduled=False)
 
 
 # -- trainer ---------------------------------------------------------------------------------------------------------
@@ -107,30 +117,47 @@ def _rank(data: int) -> Rank:
 
 SLIME = "https://github.com/THUDM/slime/blob/v0.3.1/slime"
 
+
+def _schedule(signature: str) -> Patch:
+    return Patch(
+        id="slime.shared-data.schedule",
+        target="slime.utils.dp_schedule:build_dp_schedule",
+        wrap=build_dp_schedule,
+        signature=signature,
+        roles=frozenset({"rollout_manager"}),
+        reason="slime keeps the schedule of a rollout to itself",
+        upstream=f"{SLIME}/utils/dp_schedule.py",
+        retire_when="slime has a hook where it splits the training data",
+    )
+
+
+_RECEIVE = Patch(
+    id="slime.shared-data.receive",
+    target="slime.utils.data:process_rollout_data",
+    wrap=process_rollout_data,
+    signature="(args, rollout_data_ref, dp_rank, dp_size)",
+    roles=frozenset({"trainer"}),
+    reason="slime gives every rank of a data-parallel group the group's whole data",
+    upstream=f"{SLIME}/utils/data.py",
+    retire_when="slime lets a rank fetch its own part",
+)
+_BUILD = "slime.utils.dp_schedule:build_dp_schedule"
+_BY_GROUP = "(args, train_parallel_config, total_lengths, *, global_batch_size, group_indices)"
 SEAMS = (
     Seam(
         name="shared training data",
         hooks=("share_train_data", "receive_train_data"),
         patches=(
-            Patch(
-                id="slime.shared-data.schedule",
-                target="slime.utils.dp_schedule:build_dp_schedule",
-                wrap=build_dp_schedule,
-                signature="(args, train_parallel_config, total_lengths, *, global_batch_size, rollout_indices)",
-                roles=frozenset({"rollout_manager"}),
-                reason="slime keeps the schedule of a rollout to itself",
-                upstream=f"{SLIME}/utils/dp_schedule.py",
-                retire_when="slime has a hook where it splits the training data",
-            ),
-            Patch(
-                id="slime.shared-data.receive",
-                target="slime.utils.data:process_rollout_data",
-                wrap=process_rollout_data,
-                signature="(args, rollout_data_ref, dp_rank, dp_size)",
-                roles=frozenset({"trainer"}),
-                reason="slime gives every rank of a data-parallel group the group's whole data",
-                upstream=f"{SLIME}/utils/data.py",
-                retire_when="slime lets a rank fetch its own part",
+            _schedule("(args, train_parallel_config, total_lengths, *, global_batch_size, rollout_indices)"),
+            _RECEIVE,
+        ),
+        variants=(
+            Variant("slime v0.3.0", (_schedule(_BY_GROUP), _RECEIVE), has=(has_parameter(_BUILD, "group_indices"),)),
+            Variant(
+                "slime before v0.3.0",  # its trainers schedule
+                (_RECEIVE,),
+                has=(has_parameter("slime.ray.rollout:RolloutManager._split_train_data_by_dp", "dp_size"),),
+                lacks=(has_attribute("slime.utils.dp_schedule"),),
             ),
         ),
     ),

@@ -11,8 +11,8 @@ from miles_plugins.activation import current
 from miles_plugins.errors import UpstreamError
 from miles_plugins.microbatch import announced_pass, begin_microbatch
 from miles_plugins.packing import Packing
-from miles_plugins.patches.seam import Seam
-from miles_plugins.patching import Patch
+from miles_plugins.patches.seam import Seam, Variant
+from miles_plugins.patching import Patch, has_parameter
 
 if TYPE_CHECKING:
     import torch
@@ -177,6 +177,51 @@ def _cut_alike(packing: Packing, lengths: Sequence[int], positions: torch.Tensor
 
 
 _TRAINER = frozenset({"trainer"})
+_MODEL, _DATA = "slime.backends.megatron_utils.model", "slime.backends.megatron_utils.data"
+
+
+def _passes(forward_only_signature: str, train_signature: str, batch_signature: str) -> tuple[Patch, ...]:
+    return (
+        Patch(
+            id="slime.pass.forward-only",
+            target=f"{_MODEL}:forward_only",
+            wrap=forward_only,
+            signature=f"(f, args, model, data_iterator, num_microbatches, store_prefix=''{forward_only_signature})",
+            roles=_TRAINER,
+            reason="slime's before-log-prob hook has no end, and none at all on an exception",
+            upstream=f"{SLIME}/model.py",
+            retire_when="slime has paired hooks around a pass",
+        ),
+        Patch(
+            id="slime.pass.train",
+            target=f"{_MODEL}:train_one_step",
+            wrap=train_one_step,
+            signature="(args, rollout_id, step_id, data_iterator, model, optimizer, opt_param_scheduler, "
+            f"num_microbatches{train_signature})",
+            roles=_TRAINER,
+            reason="slime's before-train-step hook has no end, and a step's metrics cannot be extended",
+            upstream=f"{SLIME}/model.py",
+            retire_when="slime has paired hooks around a step",
+        ),
+        Patch(
+            id="slime.microbatch.begins",
+            target=f"{_DATA}:get_batch",
+            wrap=get_batch,
+            signature=f"(data_iterator, keys, pad_multiplier=128{batch_signature})",
+            roles=_TRAINER,
+            reason="slime asks for a fixed list of fields and tells nobody which microbatch runs",
+            upstream=f"{SLIME}/data.py",
+            retire_when="slime passes extra fields through to the microbatch",
+        ),
+    )
+
+
+_TOP_P = ", use_rollout_top_p_replay=False"
+_SCHEDULED = ", step_global_batch_size, microbatch_pbar=None"
+_FORMAT, _GATHER = ", qkv_format='thd'", ", allgather_cp=False"
+_HAS_FORMAT = has_parameter(f"{_DATA}:get_batch", "qkv_format")
+_HAS_GATHER = has_parameter(f"{_DATA}:get_batch", "allgather_cp")
+_HAS_SCHEDULE = has_parameter(f"{_MODEL}:train_one_step", "step_global_batch_size")
 
 SEAMS = (
     Seam(
@@ -223,34 +268,20 @@ SEAMS = (
     Seam(
         name="passes",
         hooks=("pass_begins", "pass_ends", "microbatch_keys", "microbatch_begins", "step_metrics"),
-        patches=(
-            Patch(
-                id="slime.pass.forward-only",
-                target="slime.backends.megatron_utils.model:forward_only",
-                wrap=forward_only,
-                roles=_TRAINER,
-                reason="slime's before-log-prob hook has no end, and none at all on an exception",
-                upstream=f"{SLIME}/model.py",
-                retire_when="slime has paired hooks around a pass",
+        patches=_passes(_TOP_P, _SCHEDULED, _GATHER),
+        variants=(
+            Variant(
+                "slime v0.3.0",
+                _passes("", _SCHEDULED, _FORMAT + _GATHER),
+                has=(_HAS_FORMAT, _HAS_GATHER, _HAS_SCHEDULE),
             ),
-            Patch(
-                id="slime.pass.train",
-                target="slime.backends.megatron_utils.model:train_one_step",
-                wrap=train_one_step,
-                roles=_TRAINER,
-                reason="slime's before-train-step hook has no end, and a step's metrics cannot be extended",
-                upstream=f"{SLIME}/model.py",
-                retire_when="slime has paired hooks around a step",
+            Variant(
+                "slime v0.2.3 and v0.2.4",
+                _passes("", "", _FORMAT + _GATHER),
+                has=(_HAS_FORMAT, _HAS_GATHER),
+                lacks=(_HAS_SCHEDULE,),
             ),
-            Patch(
-                id="slime.microbatch.begins",
-                target="slime.backends.megatron_utils.data:get_batch",
-                wrap=get_batch,
-                roles=_TRAINER,
-                reason="slime asks for a fixed list of fields and tells nobody which microbatch runs",
-                upstream=f"{SLIME}/data.py",
-                retire_when="slime passes extra fields through to the microbatch",
-            ),
+            Variant("slime v0.2.2", _passes("", "", _FORMAT), has=(_HAS_FORMAT,), lacks=(_HAS_GATHER, _HAS_SCHEDULE)),
         ),
     ),
 )

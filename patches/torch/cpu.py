@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins.patches.seam import Seam
-from miles_plugins.patching import Patch
+from miles_plugins.patching import Need, Patch, has_parameter
 
 if TYPE_CHECKING:
     import torch
@@ -190,16 +190,17 @@ def device_mode() -> Any:
     return CpuMode()
 
 
-def known_operators(original: Callable[..., Any], op: Any, *args: Any, **kwargs: Any) -> Any:
+def known_operators(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """torchvision's CUDA build names operators that its library, which cannot be loaded here, would have defined."""
     import torch
 
-    if isinstance(op, str) and op.startswith("torchvision::"):
-        try:
-            torch._C._dispatch_find_schema_or_throw(op, "")
-        except RuntimeError:
-            return lambda function: function
-    return original(op, *args, **kwargs)
+    for op in args:
+        if isinstance(op, str) and op.startswith("torchvision::"):
+            try:
+                torch._C._dispatch_find_schema_or_throw(op, "")
+            except RuntimeError:
+                return lambda function: function
+    return original(*args, **kwargs)
 
 
 # -- process groups --------------------------------------------------------------------------------------------------
@@ -231,6 +232,7 @@ def _patch(
     wrap: Callable[..., Any] | None = None,
     replace_with: Callable[[Any], Any] | None = None,
     inherited: bool = False,
+    needs: tuple[Need, ...] = (),
 ) -> Patch:
     return Patch(
         id=f"torch.cpu.{name}",
@@ -239,6 +241,7 @@ def _patch(
         replace_with=replace_with,
         roles=frozenset(roles),
         inherited=inherited,
+        needs=needs,
         reason=reason,
         upstream="https://github.com/THUDM/slime (slime.utils.accelerator, after v0.3.1)",
         retire_when="slime and Megatron-LM ask an accelerator registry everywhere",
@@ -252,6 +255,11 @@ def _cuda_patch(name: str, answer: Any) -> Patch:
     if isinstance(answer, type):
         return _patch(patch_name, target, reason, replace_with=lambda original: answer)
     return _patch(patch_name, target, reason, wrap=lambda original, *args, **kwargs: answer(*args, **kwargs))
+
+
+def _group_patch(name: str, function: str, reason: str, roles: tuple[str, ...] = ()) -> Patch:
+    target = f"torch.distributed.distributed_c10d:{function}"
+    return _patch(name, target, reason, roles, wrap=gloo_group, needs=(has_parameter(target, "backend"),))
 
 
 _NCCL = "Megatron-LM and slime name nccl for some groups whatever --distributed-backend says"
@@ -274,20 +282,19 @@ SEAMS = (
                 inherited=True,
             ),
             _patch("module-cuda", "torch.nn.modules.module:Module.cuda", _NO_QUESTION, wrap=_stay),
-            _patch("init-group", "torch.distributed.distributed_c10d:init_process_group", _NCCL, wrap=gloo_group),
-            _patch("new-group", "torch.distributed.distributed_c10d:new_group", _NCCL, wrap=gloo_group),
+            _group_patch("init-group", "init_process_group", _NCCL),
+            _group_patch("new-group", "new_group", _NCCL),
         ),
     ),
     Seam(
         name="gloo groups",
         hooks=("choose_device",),
         patches=(
-            _patch(
+            _group_patch(
                 "group",
-                "torch.distributed.distributed_c10d:_new_process_group_helper",
-                wrap=gloo_group,
-                reason="slime and SGLang name nccl for the group that carries the weights",
-                roles=("trainer", "sglang_scheduler"),
+                "_new_process_group_helper",
+                "slime and SGLang name nccl for the group that carries the weights",
+                ("trainer", "sglang_scheduler"),
             ),
         ),
     ),
