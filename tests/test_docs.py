@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -20,8 +21,16 @@ def test_generated_document_is_fresh(name: str) -> None:
 
 def test_every_hook_has_a_heading_with_its_exact_arguments() -> None:
     text = (ROOT / "docs" / "hooks.md").read_text()
-    headings = re.findall(r"^## `(\w+)\(", text, re.M)
-    assert headings == [name for name, _ in hooks()]
+    headings = re.findall(r"^## `(\w+)\(([\w, ]*)\)`", text, re.M)
+    assert headings == [(name, ", ".join(inspect.signature(function).parameters)) for name, function in hooks()]
+
+
+@pytest.mark.parametrize("hook", [name for name, _ in hooks()])
+def test_every_hook_is_implemented_or_called_by_a_test(hook: str) -> None:
+    """By a plugin that a test makes, in code or in the text of a module, or by its own name on one of ours."""
+    used = rf"def {hook}\(|\b{hook}=|\bhook\.{hook}\(|\b(r3|cpu)\.{hook}\(|\.ask\(\w+, \"{hook}\""
+    others = [file for file in (ROOT / "tests").rglob("*.py") if file != Path(__file__).resolve()]
+    assert [file.name for file in others if re.search(used, file.read_text())]
 
 
 def test_every_own_plugin_is_in_the_readme() -> None:

@@ -16,7 +16,11 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.wheels import unpacked_commit
+
 pytestmark = pytest.mark.upstream
+
+MAIN = "624b824a898ab0ec1fcb4d373004c7f3852bf515"  # slime's main of 2026-07
 
 
 def rehearse(
@@ -78,6 +82,14 @@ def calls(folder: Path, role: str) -> list[str]:
 def in_order(calls: list[str], names: set[str]) -> list[str]:
     """Those of these names, without repetition."""
     return [call for call, _ in itertools.groupby(call for call in calls if call in names)]
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_routing_is_replayed_on_slimes_main(megatron: Path, tmp_path: Path) -> None:
+    """Where slime keeps its metrics, its accelerators and a check of the routing elsewhere."""
+    slime = unpacked_commit(("SLIME_HOME", "~/slime", MAIN))
+    result = rehearse(slime, megatron, tmp_path / "run", "--plugins", "r3", "--rollouts", "2")
+    replayed_everywhere(passed(result, tmp_path / "run", rollouts=2))
 
 
 @pytest.mark.usefixtures("upstream_path")

@@ -142,7 +142,7 @@ SEAMS = (
             Variant(
                 "slime v0.3.0",
                 (*_BEFORE, *_STREAMED),
-                has=(*_READS_ITSELF, has_attribute(f"{_STREAMING}:generate_streaming")),
+                has=(*_READS_ITSELF, has_attribute(_STREAMING)),
                 lacks=_READS_LATER,
             ),
             Variant(
