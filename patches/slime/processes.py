@@ -15,8 +15,8 @@ from typing import Any
 from miles_plugins import attestation
 from miles_plugins.activation import RUN_DIR, current
 from miles_plugins.errors import AttestationError, PluginError
-from miles_plugins.patches.seam import Seam
-from miles_plugins.patching import Patch
+from miles_plugins.patches.seam import Seam, Variant
+from miles_plugins.patching import Patch, has_parameter
 
 logger = logging.getLogger("miles_plugins")
 
@@ -197,56 +197,84 @@ def report_or_stop(role: str) -> None:
         raise
 
 
+def _patches(models: str, init: str) -> tuple[Patch, ...]:
+    """Of one release: the parameters of its `create_training_models` and of its trainer's `init`."""
+    return (
+        Patch(
+            id="slime.driver.verify",
+            target="slime.ray.placement_group:create_training_models",
+            wrap=verify_before_training,
+            signature=models,
+            roles=frozenset({"driver"}),
+            reason="train.py has no hook between building both sides and the first rollout",
+            upstream="https://github.com/THUDM/slime/blob/v0.3.1/train.py",
+            retire_when="slime checks its workers' plugins itself",
+        ),
+        Patch(
+            id="slime.driver.verify-again",
+            target="slime.ray.actor_group:RayTrainGroup.update_weights",
+            wrap=verify_again,
+            signature="(self)",
+            roles=frozenset({"driver"}),
+            reason="train.py has no hook between a restart (--use-fault-tolerance) and the next rollout",
+            upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/ray/actor_group.py",
+            retire_when="slime checks its workers' plugins itself",
+        ),
+        Patch(
+            id="slime.trainer.report",
+            target="slime.backends.megatron_utils.actor:MegatronTrainRayActor.init",
+            wrap=report_trainer,
+            signature=init,
+            roles=frozenset({"trainer"}),
+            reason="a trainer's patches can be verified only once its modules are loaded and its model is built",
+            upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/megatron_utils/actor.py",
+            retire_when="slime checks its workers' plugins itself",
+        ),
+        Patch(
+            id="slime.engine.report",
+            target="slime.backends.sglang_utils.sglang_engine:SGLangEngine.init",
+            wrap=report_engine,
+            roles=frozenset({"engine"}),
+            reason="no native hook of slime runs in the engine actor",
+            upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/sglang_utils/sglang_engine.py",
+            retire_when="slime checks its workers' plugins itself",
+        ),
+        Patch(
+            id="slime.engine.reach-children",
+            target="slime.backends.sglang_utils.sglang_engine:launch_server_process",
+            wrap=reach_children,
+            signature="(server_args)",
+            roles=frozenset({"engine"}),
+            reason="the server, scheduler and detokenizer are spawned, and no Ray hook reaches them",
+            upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/sglang_utils/sglang_engine.py",
+            retire_when="every supported SGLang loads its own plugins (sglang.srt.plugins) in all its processes",
+        ),
+    )
+
+
+_MODELS = "slime.ray.placement_group:create_training_models"
+_INIT = "slime.backends.megatron_utils.actor:MegatronTrainRayActor.init"
+_THREE = "(args, pgs, rollout_manager)"
+_BY_ACTOR = has_parameter(_MODELS, "actor_cls")
+_TEACHER = has_parameter(_INIT, "with_opd_teacher")
+_WITH_TEACHER = "(self, args, role, with_ref=False, with_opd_teacher=False)"
 SEAMS = (
     Seam(
         name="processes",
         hooks=(),
-        patches=(
-            Patch(
-                id="slime.driver.verify",
-                target="slime.ray.placement_group:create_training_models",
-                wrap=verify_before_training,
-                roles=frozenset({"driver"}),
-                reason="train.py has no hook between building both sides and the first rollout",
-                upstream="https://github.com/THUDM/slime/blob/v0.3.1/train.py",
-                retire_when="slime checks its workers' plugins itself",
+        patches=_patches("(args, pgs, rollout_manager, actor_cls=None)", _WITH_TEACHER),
+        variants=(
+            Variant(
+                "slime v0.2.3 to v0.3.0",
+                _patches(_THREE, _WITH_TEACHER),
+                has=(has_parameter(_MODELS, "rollout_manager"), _TEACHER),
+                lacks=(_BY_ACTOR,),
             ),
-            Patch(
-                id="slime.driver.verify-again",
-                target="slime.ray.actor_group:RayTrainGroup.update_weights",
-                wrap=verify_again,
-                signature="(self)",
-                roles=frozenset({"driver"}),
-                reason="train.py has no hook between a restart (--use-fault-tolerance) and the next rollout",
-                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/ray/actor_group.py",
-                retire_when="slime checks its workers' plugins itself",
-            ),
-            Patch(
-                id="slime.trainer.report",
-                target="slime.backends.megatron_utils.actor:MegatronTrainRayActor.init",
-                wrap=report_trainer,
-                roles=frozenset({"trainer"}),
-                reason="a trainer's patches can be verified only once its modules are loaded and its model is built",
-                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/megatron_utils/actor.py",
-                retire_when="slime checks its workers' plugins itself",
-            ),
-            Patch(
-                id="slime.engine.report",
-                target="slime.backends.sglang_utils.sglang_engine:SGLangEngine.init",
-                wrap=report_engine,
-                roles=frozenset({"engine"}),
-                reason="no native hook of slime runs in the engine actor",
-                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/sglang_utils/sglang_engine.py",
-                retire_when="slime checks its workers' plugins itself",
-            ),
-            Patch(
-                id="slime.engine.reach-children",
-                target="slime.backends.sglang_utils.sglang_engine:launch_server_process",
-                wrap=reach_children,
-                roles=frozenset({"engine"}),
-                reason="the server, scheduler and detokenizer are spawned, and no Ray hook reaches them",
-                upstream="https://github.com/THUDM/slime/blob/v0.3.1/slime/backends/sglang_utils/sglang_engine.py",
-                retire_when="every supported SGLang loads its own plugins (sglang.srt.plugins) in all its processes",
+            Variant(
+                "slime v0.2.2",
+                _patches(_THREE, "(self, args, role, with_ref=False)"),
+                has=(has_parameter(_MODELS, "rollout_manager"), has_parameter(_INIT, "with_ref")),
+                lacks=(_BY_ACTOR, _TEACHER),
             ),
         ),
     ),
