@@ -64,7 +64,11 @@ class Packing:
             whole = _padded(torch.arange(total), self.context_parallel * self.multiple)
             return whole.chunk(self.context_parallel)[context_rank]
         each = torch.arange(total).split(list(lengths))
-        return _padded(torch.cat([self._zigzag(sample, context_rank) for sample in each]), self.multiple)
+        cut = [
+            torch.arange(0),
+            *(self._zigzag(sample, context_rank) for sample in each),
+        ]  # there may be no sample at all
+        return _padded(torch.cat(cut), self.multiple)
 
     def _zigzag(self, sample: torch.Tensor, context_rank: int) -> torch.Tensor:
         import torch

@@ -142,7 +142,7 @@ def calls(hooked: Path) -> list[str]:
     return (hooked / "calls").read_text().splitlines()
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook != "doctor"])  # which belongs to no run
 def test_every_hook_is_called(hook: str, calls: list[str]) -> None:
     assert any(call.split()[0] == hook for call in calls)
 

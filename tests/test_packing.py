@@ -333,6 +333,12 @@ def test_a_rank_asks_for_its_own_part_and_nothing_is_cut_in_vain(rollout: Rollou
         assert set(of_rank) == (set(asked[data]) if rollout.schedule.microbatches[data] else set())
 
 
+def test_a_rank_without_samples_is_given_an_empty_cut() -> None:
+    cuts = shards.cut([], Schedule([], [[[]]], scheduled=False), Packing(), Routing((0, 2), 2, 8), by_layer=False)
+    ((only,),) = cuts[0].values()
+    assert only.shape == (0, 2, 2)
+
+
 @settings(max_examples=60, deadline=None)
 @given(rollouts(), st.booleans(), st.randoms(use_true_random=False))
 def test_trainers_that_choose_their_microbatches_take_the_routing_of_their_own_tokens(

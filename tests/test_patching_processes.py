@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,8 @@ value = pickle.loads(sys.stdin.buffer.read())
 )
 def test_functions_and_unbound_methods_are_pickled_by_reference(target, dumps):
     module, _, qualname = target.partition(":")
-    patches = PatchSet(
-        patch(target), Patch(id="second", target=target, wrap=load("gardener").mark, reason="test", inherited=True)
-    )
+    first = replace(patch(target), async_too=True)
+    patches = PatchSet(first, replace(first, id="second"))
     patches.apply()
     function = load(module)
     for name in qualname.split("."):

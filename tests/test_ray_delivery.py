@@ -39,6 +39,16 @@ class Cluster:
 
     def __init__(self, folder: Path, environment: dict[str, str], dashboard: int | None = None) -> None:
         self.folder = folder
+        # Between asking for a free port and using it, another test's Ray may have taken it.
+        for _ in range(3):
+            self._start(environment, dashboard)
+            if self._is_up():
+                return
+            self.stop()
+        raise RuntimeError("three Ray heads in a row did not start")
+
+    def _start(self, environment: dict[str, str], dashboard: int | None) -> None:
+        self.folder.mkdir(exist_ok=True)
         self.address = f"127.0.0.1:{free_port()}"
         self.environment = {**os.environ, **LOOPBACK, **environment, "RAY_ADDRESS": self.address}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2"]
@@ -48,9 +58,18 @@ class Cluster:
         # Ports that two clusters on one machine would otherwise share.
         for name in ("dashboard-agent-listen-port", "metrics-export-port", "runtime-env-agent-port"):
             command += [f"--{name}", str(free_port())]
-        command += ["--temp-dir", str(folder), "--object-store-memory", str(128 * 2**20)]
-        self.log = (folder / "head.log").open("w")
+        command += ["--temp-dir", str(self.folder), "--object-store-memory", str(128 * 2**20)]
+        self.log = (self.folder / "head.log").open("w")
         self.head = subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log)
+
+    def _is_up(self, patience: float = 60) -> bool:
+        """Whether the head has started all that belongs to it; then it says so and stays."""
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and self.head.poll() is None:
+            if "Ray runtime started" in (self.folder / "head.log").read_text():
+                return True
+            time.sleep(0.2)
+        return False
 
     def run(self, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a driver script to its end."""

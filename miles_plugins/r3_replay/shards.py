@@ -59,7 +59,7 @@ def _stream(traces: Sequence[torch.Tensor | None], lengths: Sequence[int], routi
     """[tokens of the microbatch, MoE layers, topk]; what no rollout recorded gets experts of its own."""
     import torch
 
-    parts, unrecorded = [], 0
+    parts, unrecorded = [spread(torch.arange(0), routing)], 0  # a rank may have no samples at all
     for trace, length in zip(traces, lengths, strict=True):
         rest = length - (0 if trace is None else len(trace))
         numbers = torch.arange(unrecorded, unrecorded + rest)  # counted on: else all last tokens had the same experts
