@@ -6,10 +6,12 @@ import sys
 
 import click
 
+from miles_plugins.entrypoints.convert_int4 import convert_bf16, convert_int4
 from miles_plugins.entrypoints.doctor import doctor
 from miles_plugins.entrypoints.explain import explain
 from miles_plugins.entrypoints.fingerprint import fingerprint
 from miles_plugins.entrypoints.list_plugins import list_plugins
+from miles_plugins.entrypoints.memory import memory
 from miles_plugins.entrypoints.plan import plan
 from miles_plugins.entrypoints.rehearse import rehearse
 from miles_plugins.entrypoints.verify import verify
@@ -21,10 +23,13 @@ def main() -> None:
     """Plugins for an unmodified slime. Turn them on with `slime-train --plugins NAME,… <slime flags>`."""
 
 
+main.add_command(convert_bf16)
+main.add_command(convert_int4)
 main.add_command(doctor)
 main.add_command(explain)
 main.add_command(fingerprint)
 main.add_command(list_plugins)
+main.add_command(memory)
 main.add_command(plan)
 main.add_command(rehearse)
 main.add_command(verify)

@@ -19,6 +19,8 @@ PACKAGE = ROOT / "miles_plugins"
 LINKED = ("patches", "compat", "entrypoints")
 HEAVY = {"torch", "ray", "slime", "megatron", "sglang", "sglang_router", "transformers", "transformer_engine", "triton"}
 SELF_CONTAINED = {"sitecustomize"}  # imported by Python itself, under that name
+# Triton's decorators run when their module is imported: whoever needs a kernel imports it where it is used.
+KERNELS = {"miles_plugins.int4_qat.kernels"}
 
 
 def sources() -> list[Path]:
@@ -80,7 +82,8 @@ def test_there_is_something_to_look_at():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_module_imports_upstream_when_it_is_imported(module):
-    assert offenders(imports(MODULES[module]), HEAVY) == []
+    allowed = {"torch", "triton"} if module in KERNELS else set()
+    assert offenders(imports(MODULES[module]), HEAVY - allowed) == []
 
 
 def test_the_walk_sees_what_it_should(tmp_path):
@@ -104,7 +107,7 @@ def test_the_walk_sees_what_it_should(tmp_path):
 
 def test_importing_everything_imports_nothing_of_upstream():
     """What the syntax tree cannot tell: an import through another package."""
-    modules = [name for name in MODULES if name.rpartition(".")[2] not in SELF_CONTAINED]
+    modules = [name for name in MODULES if name.rpartition(".")[2] not in SELF_CONTAINED and name not in KERNELS]
     script = (
         "import importlib, sys\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
