@@ -420,6 +420,20 @@ def _read_module(name: str) -> _Module | None:
         return _Module(name, path, None)
 
 
+def syntax_problem(module: str) -> str | None:
+    """Where this interpreter cannot read the file of a module, and why; None where it can, or there is no file."""
+    file = find_module(module)
+    if file is None or file.suffix != ".py":
+        return None
+    try:
+        ast.parse(file.read_bytes())
+    except SyntaxError as error:
+        return f"{file}:{error.lineno}: {error.msg}"
+    except ValueError as error:
+        return f"{file}: {error}"
+    return None
+
+
 @functools.lru_cache(maxsize=256)
 def _parse(path: Path, modified: int, size: int) -> ast.Module:
     with warnings.catch_warnings():

@@ -23,7 +23,7 @@ from rich.text import Text
 
 import miles_plugins
 from miles_plugins.entrypoints.docs import hooks
-from miles_plugins.entrypoints.explain_target import explain_target, is_target, show_target
+from miles_plugins.entrypoints.explain_target import explain_target, is_end_of_target, is_target, show_target
 from miles_plugins.entrypoints.patch_facts import (
     SUPERSEDED,
     Facts,
@@ -58,7 +58,7 @@ def explain(name: str, everything: bool, diff: bool, as_json: bool) -> None:
     (package.module:Class.method), or the id of a patch.
     """
     try:
-        if of_upstream := is_target(name):
+        if of_upstream := is_target(name) or is_end_of_target(name):
             facts = explain_target(name, with_sources=diff)
         elif diff:
             raise PluginError(

@@ -6,6 +6,7 @@ Reads our declarations and upstream's files, and imports nothing of upstream.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 
 import click
@@ -39,6 +40,13 @@ NEAREST = 5
 def is_target(name: str) -> bool:
     """Whether a name can be something of upstream, or a patch; plugins' names have neither dot nor colon."""
     return "." in name or ":" in name
+
+
+def is_end_of_target(name: str) -> bool:
+    """Whether a name without dot and colon is no plugin's, but the last part of something that is changed upstream."""
+    known = {each for plugin in installed_plugins().values() for each in (plugin.name, plugin.short_name)}
+    targets = {patch.target for seam in all_seams() for patch in seam.everywhere()}
+    return name not in known and any(re.split("[.:]", target)[-1] == name for target in targets)
 
 
 def resolve_target(name: str, patches: Sequence[Patch]) -> str:

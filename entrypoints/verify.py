@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from miles_plugins.compat.releases import Identity, identify
-from miles_plugins.compat.trees import UPSTREAM, tree_root
+from miles_plugins.compat.trees import UPSTREAM, holds, tree_root
 from miles_plugins.entrypoints.fingerprint import NAMES, facts_of
 from miles_plugins.entrypoints.patch_facts import FITS, MISFIT, OPEN, SUPERSEDED
 from miles_plugins.entrypoints.verdicts import (
@@ -38,7 +38,7 @@ MEANINGS = {
     OPEN: "the files do not tell; it is checked when upstream is imported",
     SUPERSEDED: "upstream does it by itself, so nothing is changed",
     LEFT_OUT: "megatron-core has megatron.core only",
-    DRIFTED: "upstream has changed, and the patch still fits",
+    DRIFTED: "parameters still fit, the rest has changed: read it beside the old one (--base DIR)",
     MISFIT: "slime-train would refuse to start",
 }
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -63,6 +63,8 @@ def verify(against: Sequence[Path], base: Sequence[Path], plugins: str | None, s
     with reading_trees(roots):
         packages = packages_of(seams)
         present = present_packages(packages, roots)
+        _require_one_of_each(present, roots)
+        _require_in_common(present, base_roots)
         identities = {name: found for name in present if name in UPSTREAM and (found := identify(name))}
         releases = {name: found.release for name, found in identities.items() if found.release}
         verdicts = judge_all(seams, roots, Past(releases, tuple(base_roots)))
@@ -112,3 +114,18 @@ def _entry(verdict: Verdict) -> Iterable[str]:
         yield f"      {line}"
     for line in verdict.diff.splitlines():
         yield f"      | {line}".rstrip()
+
+
+def _require_one_of_each(packages: Sequence[str], roots: Sequence[Path]) -> None:
+    for package in packages:
+        if len(found := [str(root) for root in roots if holds(root, package)]) > 1:
+            raise click.ClickException(
+                str(PluginError(f"{package} is in several of the folders", {"found": "\n".join(found)}, "give one"))
+            )
+
+
+def _require_in_common(packages: Sequence[str], base_roots: Sequence[Path]) -> None:
+    for root in base_roots:
+        if not any(holds(root, package) for package in packages):
+            facts = {"expected": f"one of {', '.join(packages)}: what --against holds"}
+            raise click.ClickException(str(PluginError(f"--base {root} holds nothing to compare with", facts)))

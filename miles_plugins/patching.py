@@ -44,6 +44,7 @@ from miles_plugins.compat.source import (
     names_near,
     parse_signature,
     source_fingerprint,
+    syntax_problem,
 )
 from miles_plugins.errors import PatchError
 
@@ -480,6 +481,13 @@ def _package(target: str) -> str:
 def _judge(patch: Patch, found: Definition) -> list[str]:
     """What differs without doing harm. Raises PatchError if the patch does not fit."""
     if found.kind == "unknown":
+        if problem := syntax_problem(patch.module):
+            raise _misfit(
+                patch,
+                "cannot be checked: this Python cannot read the file of its target",
+                found=problem,
+                next="copy that file again, or run a Python that reads it",
+            )
         return ["its target cannot be read without importing it"]
     is_function = found.kind in FUNCTION_KINDS
     if patch.kind == "wrap" and not is_function:

@@ -21,6 +21,7 @@ from miles_plugins.entrypoints import patch_table
 from miles_plugins.entrypoints.cli import main
 from miles_plugins.entrypoints.docs import hooks
 from miles_plugins.entrypoints.explain import explain_plugin, processes_in
+from miles_plugins.entrypoints.explain_target import is_end_of_target
 from miles_plugins.entrypoints.patch_facts import ABSENT, FITS, MISFIT, OPEN, SUPERSEDED, explain_patch, fit
 from miles_plugins.manager import GROUP, OWN_DISTRIBUTION, Plugins, installed_plugins
 from miles_plugins.patches.seam import Seam, all_seams, needed_seams
@@ -132,6 +133,13 @@ def test_what_it_is(lengths, name):
     assert facts["description"] == "They are counted\nin tokens.\n\n* one\n* two"
     assert facts["page"] == "https://example.org/lengths"
     assert (facts["sides"], facts["requires"], facts["conflicts"]) == (["driver"], ["other_plugin"], [])
+
+
+def test_the_last_part_of_a_target_is_a_target_and_a_plugins_name_a_plugin():
+    assert is_end_of_target("train_one_step")
+    assert not is_end_of_target("r3")
+    assert not is_end_of_target("r3_replay")
+    assert not is_end_of_target("nobody_knows")
 
 
 def test_its_flags(lengths):

@@ -269,6 +269,33 @@ def test_other_parameters_that_the_patch_does_not_mind(
     assert verify("--against", tree.changed, "--strict").exit_code == 1
 
 
+def test_a_file_that_python_cannot_read_is_no_fit(tree: Tree) -> None:
+    with (tree.changed / BATCH[1]).open("a") as stream:
+        stream.write("\ndef broken(:\n")
+    result = verify("--against", tree.changed)
+    assert result.exit_code == 1
+    report = result.output.partition(f"\n{MISFIT} (")[2]
+    assert f"  {BATCH[0]}  " in report
+    assert "this Python cannot read the file of its target" in report
+    assert f"{tree.changed / BATCH[1]}:" in report
+
+
+def test_two_folders_of_one_package_are_refused(tree: Tree) -> None:
+    result = verify("--against", tree.changed, "--against", tree.base)
+    assert result.exit_code == 1
+    assert "slime is in several of the folders" in result.output
+    assert str(tree.changed) in result.output
+    assert str(tree.base) in result.output
+
+
+def test_a_base_of_another_package_is_refused(tree: Tree, tmp_path: Path) -> None:
+    (tmp_path / "other" / "megatron" / "core").mkdir(parents=True)
+    (tmp_path / "other" / "megatron" / "core" / "__init__.py").touch()
+    result = verify("--against", tree.changed, "--base", tmp_path / "other")
+    assert result.exit_code == 1
+    assert "holds nothing to compare with" in result.output
+
+
 def test_another_body(tree: Tree) -> None:
     patch, file, qualname = BATCH
     change(tree.changed, file, qualname, do_more)
