@@ -17,8 +17,7 @@ quickstart: $(VENV)/embedded
 
 # Files of tests are shared out among two processes; `make test JOBS=1` for one.
 JOBS ?= 2
-# In the order of tests/conftest.py: the longest files first.
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # The tests that need no checkout of slime.
 test: $(VENV)/test

@@ -18,15 +18,9 @@ SLIME = ("SLIME_HOME", "~/slime", "v0.3.1")
 MEGATRON = ("MEGATRON_HOME", "~/Megatron-LM", "1dcf0dafa884ad52ffb243625717a3471643e087")
 
 
-# Minutes each. Of two workers (`make test`) one begins with the longest: else it is left alone with it at the end.
-LONGEST = (
-    *("test_upstream", "test_mutations", "test_embedded"),
-    *("test_faults", "test_slimes_own_tests", "test_older_slime"),
-)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Of two workers (`make test`), one begins with the longest file: else it is left alone with it at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_upstream"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
