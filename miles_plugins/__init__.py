@@ -17,6 +17,7 @@ from miles_plugins.errors import (
 )
 from miles_plugins.finding import Finding
 from miles_plugins.hookspecs import hookimpl
+from miles_plugins.linears import Linear, linear_layers
 from miles_plugins.microbatch import Microbatch, current_microbatch
 from miles_plugins.packing import Packing, Rank, Schedule
 
@@ -24,6 +25,7 @@ __all__ = [
     "ArgumentError",
     "AttestationError",
     "Finding",
+    "Linear",
     "Microbatch",
     "Packing",
     "PatchError",
@@ -35,4 +37,5 @@ __all__ = [
     "UpstreamError",
     "current_microbatch",
     "hookimpl",
+    "linear_layers",
 ]

@@ -22,9 +22,13 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
     import torch
 
     from miles_plugins.finding import Finding
+    from miles_plugins.linears import Linear
     from miles_plugins.microbatch import Microbatch
     from miles_plugins.packing import Rank, Schedule
 
@@ -92,6 +96,15 @@ def process_environment(role: str) -> Mapping[str, str]:  # type: ignore[empty-b
     """
 
 
+@hookspec(firstresult=True)
+def prepare_tiny_model(folder: Path) -> Path | None:
+    """A tiny random model was made to try the plugins on (`slime-train --embedded`, driver).
+
+    `folder` is its Hugging Face checkpoint, bfloat16. A plugin that trains on another kind of checkpoint makes one of
+    it, beside it, and returns that folder: it becomes `--hf-checkpoint`.
+    """
+
+
 # -- rollout ---------------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +113,27 @@ def receive_engine_request(server_args: Any, request: Any) -> None:
     """One `/generate` request reached the SGLang server (sglang_server), before it is tokenized.
 
     `request` is SGLang's `GenerateReqInput`, of one prompt or of a batch; change it in place.
+    """
+
+
+@hookspec
+def receive_weights(
+    server_args: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterable[tuple[str, torch.Tensor]] | None:
+    """Weights are about to be loaded into the rollout engine's model (so far in the embedded host only, not in SGLang).
+
+    From the checkpoint when the engine starts, and in every weight update, there a part at a time. `named_tensors` has
+    names of the checkpoint; it can be read once. Return what shall be loaded in its place, lazily if you can; None
+    leaves it. Each plugin is given what the one before returned. `server_args` is SGLang's.
+    """
+
+
+@hookspec
+def after_weight_update(server_args: Any, received: Mapping[str, int]) -> None:
+    """All weights of one update have come, and generation has not resumed yet (so far in the embedded host only).
+
+    `received` is how often each name came in this update, as the trainer sent it. Raise `PluginError` where something
+    is missing: the engine then stays paused, and the run ends.
     """
 
 
@@ -180,6 +214,19 @@ def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
 
 
 @hookspec
+def forward_weight(
+    args: Namespace, role: str, linear: Linear
+) -> Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] | None:
+    """A linear layer exists (trainer), right after `model_built`: which weights shall its forward pass compute with?
+
+    Called once for each layer; the experts of one layer may be one `Linear` or many (see `miles_plugins.Linear`).
+    Return None to leave it, or a function that is called in each forward pass with its weights, [N, K] each, detached,
+    and returns as many tensors of the same shapes, dtype and device: the layer computes with these, and the gradient
+    reaches the weights as if they had been used (straight through). It is an error when two plugins want one layer.
+    """
+
+
+@hookspec
 def receive_train_data(
     args: Namespace, rollout_data: dict[str, Any], rank: Rank, fetch: Callable[[Sequence[str]], list[Any]]
 ) -> None:
@@ -243,6 +290,14 @@ def select_experts(
     """
 
 
+@hookspec(firstresult=True)
+def take_weight_quantization(args: Namespace, quantization: Mapping[str, Any]) -> bool | None:
+    """slime is about to quantize weights for the engine (trainer): `quantization` is `--hf-checkpoint`'s format.
+
+    Return True to do that yourself: `export_weights` then gets the weights as they are trained.
+    """
+
+
 @hookspec
 def export_weights(
     args: Namespace, named_tensors: Sequence[tuple[str, torch.Tensor]]
@@ -250,10 +305,10 @@ def export_weights(
     """Weights leave the trainer for the rollout engine (trainer), a batch at a time.
 
     `named_tensors` is what one Megatron parameter became: Hugging Face checkpoint names with full (gathered) tensors on
-    the trainer's device, already quantized if `--hf-checkpoint` is. Return the whole batch as the engine shall receive
-    it: other values or dtypes, further tensors such as scales; None leaves it. Each plugin is given what the one before
-    returned. Return new, contiguous tensors: those given may be the very parameters that are trained, and changing them
-    is an error.
+    the trainer's device, already quantized if `--hf-checkpoint` is, unless `take_weight_quantization`.
+    Return the whole batch as the engine shall receive it: other values or dtypes, further tensors such as scales; None
+    leaves it. Each plugin is given what the one before returned. Return new, contiguous tensors: those given may be the
+    very parameters that are trained, and changing them is an error.
 
     Called on the ranks that send: every rank with `--colocate`, over nccl one a pipeline stage, to disk one a node. So
     use no collectives, and let the same weights give the same result on each. MLA's `q_a_proj` and `kv_a_proj_with_mqa`

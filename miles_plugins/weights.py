@@ -1,9 +1,12 @@
-"""Weights on their way from the trainer to the rollout engine: the hook `export_weights`, the same for every host."""
+"""Weights on their way from the trainer to the rollout engine, the same for every host.
+
+They leave through the hook `export_weights`, and arrive through `receive_weights`.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins.errors import PluginError
@@ -37,6 +40,26 @@ def export(
             "compute new tensors and return them",
         )
     return [(name, tensor) for name, tensor in exported]
+
+
+def receive(
+    plugins: Plugins, server_args: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """What the engine shall load in place of these names and tensors, which are read once.
+
+    Raises:
+        PluginError: a plugin returned something that cannot be read name by name.
+    """
+    return plugins.chain("receive_weights", "named_tensors", named_tensors, _check_received, server_args=server_args)  # type: ignore[no-any-return]
+
+
+def _check_received(plugin: str, answer: Any) -> None:
+    if not isinstance(answer, Iterable) or isinstance(answer, (str, bytes)):
+        raise PluginError(
+            f"plugin {plugin} returned from receive_weights what the engine cannot load",
+            {"expected": "an iterable of (name, tensor)", "found": f"a {type(answer).__name__}"},
+            "return or yield (str, torch.Tensor) pairs, or return None to leave them as they are",
+        )
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -22,6 +22,7 @@ MODULES = (
     "miles_plugins.patches.slime.metrics",
     "miles_plugins.patches.megatron.router",
     "miles_plugins.patches.megatron.recompute",
+    "miles_plugins.patches.megatron.linear",
     "miles_plugins.patches.sglang.processes",
     "miles_plugins.patches.sglang.requests",
     "miles_plugins.patches.sglang.routing",
@@ -50,7 +51,7 @@ class Host:
 SLIME = Host("slime", MODULES)
 # Always: Megatron's local modules do not train packed sequences by themselves on any device (`choose_device`), and the
 # host itself asks which microbatch runs (`microbatch_begins`).
-_EMBEDDED = tuple(f"miles_plugins.patches.megatron.{module}" for module in ("router", "recompute", "cpu"))
+_EMBEDDED = tuple(f"miles_plugins.patches.megatron.{module}" for module in ("router", "recompute", "linear", "cpu"))
 EMBEDDED_ON_GPU = Host("embedded", _EMBEDDED, always=frozenset({"choose_device", "microbatch_begins"}))
 EMBEDDED_ON_CPU = Host("embedded", (*_EMBEDDED, "miles_plugins.patches.torch.cpu"), always=EMBEDDED_ON_GPU.always)
 

@@ -28,7 +28,7 @@ def test_every_hook_has_a_heading_with_its_exact_arguments() -> None:
 @pytest.mark.parametrize("hook", [name for name, _ in hooks()])
 def test_every_hook_is_implemented_or_called_by_a_test(hook: str) -> None:
     """By a plugin that a test makes, in code or in the text of a module, or by its own name on one of ours."""
-    used = rf"def {hook}\(|\b{hook}=|\bhook\.{hook}\(|\b(r3|cpu)\.{hook}\(|\.ask\(\w+, \"{hook}\""
+    used = rf"def {hook}\(|\b{hook}=|\bhook\.{hook}\(|\b(r3|cpu|plugin)\.{hook}\(|\.ask\(\w+, \"{hook}\""
     others = [file for file in (ROOT / "tests").rglob("*.py") if file != Path(__file__).resolve()]
     assert [file.name for file in others if re.search(used, file.read_text())]
 

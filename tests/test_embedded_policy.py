@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 COMPARE = """
 import json, sys
 from pathlib import Path
-from miles_plugins.embedded import arguments, command, policy
+from miles_plugins.embedded import arguments, command, hugging_face, policy
 from miles_plugins.embedded.trainer import _packed
 from miles_plugins.manager import Plugins
 
@@ -64,7 +64,7 @@ def compare(folder, changes):
         setattr(args, name, value)
     ours = policy.build_policy(args, device).float()
     ours.config.bf16, ours.config.params_dtype = False, torch.float32
-    policy.load_weights(args, ours, folder)
+    policy.load_weights(args, ours, hugging_face.read_tensors(folder), folder)
     tokens = torch.randint(0, 96, (24,))
     found = ours(tokens[None], None, None, packed_seq_params=_packed(torch.tensor([0, 10, 24])))[0]
     expected = torch.cat([model(part[None]).logits[0] for part in (tokens[:10], tokens[10:])])

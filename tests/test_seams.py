@@ -31,7 +31,8 @@ SEAMS = all_seams()
 PATCHES = [patch for seam in SEAMS for patch in seam.everywhere()]
 HOOKS = {name: value for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")}
 # Called by the layer itself: by its commands, or in patches that are there whenever any plugin is (no Seam.hooks).
-OF_THE_LAYER = {
+SO_FAR_EMBEDDED_ONLY = {"prepare_tiny_model", "receive_weights", "after_weight_update"}
+OF_THE_LAYER = SO_FAR_EMBEDDED_ONLY | {
     "default_flags",
     "register_arguments",
     "configure",
@@ -219,7 +220,7 @@ def test_every_hook_is_called_with_just_its_arguments():
         assert keywords == set(inspect.signature(HOOKS[hook]).parameters), where
         if "/embedded/" not in where:  # the real stack is to call each of them
             called.add(hook)
-    by_hand = {"register_arguments", "doctor"}
+    by_hand = {"register_arguments", "doctor"} | SO_FAR_EMBEDDED_ONLY
     missing = set(HOOKS) - called - by_hand - {"choose_device"}  # a switch, never called
     assert missing == set()
 
@@ -231,7 +232,7 @@ def test_a_hook_says_when_and_where_it_is_called(hook):
     assert "every process" in text or "before any run" in text or any(role in text for role in PROCESSES)
 
 
-@pytest.mark.parametrize("name", ["r3_replay", "cpu_rehearsal", "metrics_jsonl"])
+@pytest.mark.parametrize("name", ["r3_replay", "int4_qat", "cpu_rehearsal", "metrics_jsonl"])
 def test_the_sides_of_our_plugins_are_processes_that_report(name):
     (plugin,) = Plugins.named([name])
     assert set(plugin.sides) <= PROCESSES

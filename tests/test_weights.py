@@ -15,18 +15,22 @@ import pytest
 from miles_plugins import PluginError, hookimpl
 from miles_plugins.manager import Installed, Plugin, Plugins
 from miles_plugins.patches.slime import weights as seam
-from miles_plugins.weights import export
+from miles_plugins.weights import export, receive
 
 torch = pytest.importorskip("torch")
 ARGS = Namespace()
 
 
+OTHERS = ("take_weight_quantization", "receive_weights")
+
+
 def plugins(**functions) -> Plugins:
-    """Plugins by name, each with its `export_weights`."""
+    """Plugins by name, each with one hook: `export_weights`, if its function is of no other's name."""
 
     def one(name: str, function) -> Plugin:
         module = ModuleType(name)
-        vars(module).update({"__file__": "", "export_weights": hookimpl(function)})
+        hook = function.__name__ if function.__name__ in OTHERS else "export_weights"
+        vars(module).update({"__file__": "", hook: hookimpl(function)})
         return Plugin(Installed(name, "some-plugins", "1.0", None), module)
 
     return Plugins([one(name, function) for name, function in functions.items()])
@@ -149,7 +153,8 @@ def test_slimes_conversion_runs_first_however_it_is_called(monkeypatch, keywords
     def original(args, model_name, name, param, quantization_config=None, later=False):
         return [(f"{model_name}.{name}", param), ("scale", quantization_config)]
 
-    monkeypatch.setattr(seam, "current", lambda: SimpleNamespace(plugins=plugins(a=export_weights)))
+    active = plugins(a=export_weights)
+    monkeypatch.setattr(seam, "current", lambda: SimpleNamespace(plugins=active, hook=active.hook))
     one, scale = torch.ones(1), torch.ones(2)
     if keywords:
         given = {"args": ARGS, "model_name": "m", "name": "n", "param": one, "quantization_config": scale}
@@ -158,6 +163,36 @@ def test_slimes_conversion_runs_first_however_it_is_called(monkeypatch, keywords
         result = seam.convert_to_hf(original, ARGS, "m", "n", one, scale)
     assert asked == [(ARGS, ["m.n", "scale"])]
     assert result == [("m.n", one), ("scale", scale)]
+
+
+def test_a_plugin_that_quantizes_itself_gets_the_weights_as_they_are(monkeypatch):
+    def take_weight_quantization(args, quantization):
+        return True if quantization["quant_method"] == "mine" else None
+
+    active = plugins(a=take_weight_quantization)
+    monkeypatch.setattr(seam, "current", lambda: SimpleNamespace(plugins=active, hook=active.hook))
+
+    def original(args, model_name, name, param, quantization_config):
+        return [(str(quantization_config), param)]
+
+    for method, expected in (("mine", "None"), ("fp8", "{'quant_method': 'fp8'}")):
+        result = seam.convert_to_hf(original, ARGS, "m", "n", torch.ones(1), {"quant_method": method})
+        assert [name for name, _ in result] == [expected]
+
+
+def test_arriving_weights_pass_the_plugins_one_by_one():
+    def receive_weights(named_tensors):
+        return ((name + ".x", tensor + 1) for name, tensor in named_tensors)
+
+    arrived = list(receive(plugins(a=receive_weights, b=receive_weights), None, iter([("n", torch.zeros(1))])))
+    assert arrived == [("n.x.x", torch.full((1,), 2.0))]
+
+    def broken(named_tensors):
+        return 3
+
+    broken.__name__ = "receive_weights"
+    with pytest.raises(PluginError, match="an iterable"):
+        receive(plugins(a=broken), None, [])
 
 
 PLUGIN = """

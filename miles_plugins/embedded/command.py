@@ -148,7 +148,7 @@ def _train(args: Namespace, plugins: Plugins, display: Display, interruption: In
 
     phase("loading")
     activation, device = _activate(plugins, args)
-    write_inputs(args)
+    write_inputs(args, lambda folder: activation.hook.prepare_tiny_model(folder=folder))
     activation.hook.configure(args=args)
     write_arguments(args)
     with _megatron(args, device):

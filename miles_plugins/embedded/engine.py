@@ -43,8 +43,10 @@ from miles_plugins.embedded.hugging_face import (
     checkpoint_places,
     expert_ids,
     find_routers,
+    is_quantized,
     load_model,
     load_tokenizer,
+    read_tensors,
     require_known_fusion,
 )
 from miles_plugins.embedded.token_choice import ending_tokens, token_chooser
@@ -87,6 +89,7 @@ class RolloutEngine:
         on_request: called with `server_args` and each request before anything is computed; may change the request.
         encode: makes the text of `routed_experts` from [tokens, MoE layers, topk] ids, uint8 up to 256 experts and
             int16 above; None for SGLang's own.
+        receive: makes of arriving weights, also of a quantized checkpoint's, those that are loaded.
 
     Raises:
         ArgumentError: the folder or an argument of the server cannot be used.
@@ -99,6 +102,7 @@ class RolloutEngine:
         server_args: ServerArgs,
         on_request: Callable[[ServerArgs, GenerateRequest], None] = lambda *_: None,
         encode: Callable[[torch.Tensor], str | None] = lambda _: None,
+        receive: Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[tuple[str, torch.Tensor]]] = iter,
     ) -> None:
         import torch
 
@@ -108,6 +112,10 @@ class RolloutEngine:
         self.model = load_model(folder, server_args.dtype, server_args.device)
         self._on_request = on_request
         self._encode = encode
+        self._receive = receive
+        self._lock = threading.Lock()  # a generation never sees two weight versions
+        if is_quantized(folder):
+            self.update_weights(read_tensors(Path(folder)).items(), server_args.weight_version)
         self._routers = find_routers(self.model)
         if server_args.enable_return_routed_experts and not self._routers:
             raise refusal("routing cannot be recorded: the model has no experts", folder)
@@ -115,7 +123,6 @@ class RolloutEngine:
         eos = (self.model.config.eos_token_id, self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self._eos = {token for ids in eos for token in ([ids] if isinstance(ids, int) else ids or ())}
         self._random = torch.Generator().manual_seed(server_args.random_seed)
-        self._lock = threading.Lock()  # a generation never sees two weight versions
 
     # -- generate ----------------------------------------------------------------------------------------------------
 
@@ -303,8 +310,8 @@ class RolloutEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], weight_version: str) -> None:
         """Take new values for every parameter, under its name in a Hugging Face checkpoint (one tensor an expert).
 
-        The iterable is consumed once and lazily; its tensors may be reused after each step. All or nothing: the values
-        wait in the model's dtype, and are copied into place when all have come.
+        They pass `receive` first. The iterable is consumed once and lazily; its tensors may be reused after each step.
+        All or nothing: the values wait in the model's dtype, and are copied into place when all have come.
 
         Raises:
             PluginError: a name is unknown, came twice or is missing, or a tensor has another shape, no floating dtype,
@@ -315,7 +322,7 @@ class RolloutEngine:
         places = checkpoint_places(self.model)
         problems: dict[str, list[str]] = {}
         came: dict[str, torch.Tensor] = {}
-        for name, tensor in named_tensors:
+        for name, tensor in self._receive(named_tensors):
             if name not in places:
                 problems.setdefault("unknown", []).append(name)
                 continue

@@ -8,13 +8,15 @@ from __future__ import annotations
 import time
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miles_plugins import attestation, weights
+from miles_plugins import attestation, linears, weights
 from miles_plugins.activation import Activation
 from miles_plugins.embedded import checkpoint, random_state
 from miles_plugins.embedded.engine import Answer, RolloutEngine, ServerArgs
+from miles_plugins.embedded.hugging_face import read_tensors
 from miles_plugins.embedded.policy import SHAPE, build_policy, load_weights, named_batches
 from miles_plugins.embedded.recorder import Recorder
 from miles_plugins.embedded.results import ROLLOUT_OF_TRAIN_STEP, ROLLOUT_STEP, TRAIN_STEP, RolloutResult
@@ -42,24 +44,27 @@ class EmbeddedRun:
         self.args, self._activation, self._hook = args, activation, activation.hook
         self._prompts = Prompts(args)
         self._reward = load_reward(args.custom_rm_path)
+        self._server_args = ServerArgs(
+            model_path=str(args.hf_checkpoint),
+            device=str(device),
+            dtype="bfloat16",
+            random_seed=args.rollout_seed,
+            enable_return_routed_experts=True,  # also without r3: routing differences are measured in every run
+        )
         self.engine = RolloutEngine(
             args.hf_checkpoint,
-            ServerArgs(
-                model_path=str(args.hf_checkpoint),
-                device=str(device),
-                dtype="bfloat16",
-                random_seed=args.rollout_seed,
-                enable_return_routed_experts=True,  # also without r3: routing differences are measured in every run
-            ),
+            self._server_args,
             lambda server_args, request: self._hook.receive_engine_request(server_args=server_args, request=request),
             lambda experts: self._hook.encode_routed_experts(experts=experts),
+            self._received,
         )
         self._prompts.check_lengths(self._encode)
         with self.engine.serve() as url:  # plugins probe over HTTP, as they probe SGLang
             self._hook.rollout_ready(args=args, router_url=url, engine_urls=[url])
         policy = build_policy(args, device)
         self._hook.model_built(args=args, model=[policy], role="actor")  # before any weights, as in slime
-        load_weights(args, policy, args.hf_checkpoint)
+        linears.offer(activation.plugins, args, [policy], "actor")
+        load_weights(args, policy, self._checkpoint(), args.hf_checkpoint)
         self.trainer = Trainer(args, self._hook, policy)
         resumed = self._resume() if args.load else None
         self.first_rollout: int = checkpoint.describe(args.load)["rollouts"] if args.load else 0
@@ -79,6 +84,14 @@ class EmbeddedRun:
             "digest": self._activation.plugins.digest,
             "run": self.args.run_id,
         }
+
+    def _received(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+        """What the plugins make of weights that arrive at the engine."""
+        return weights.receive(self._activation.plugins, self._server_args, named_tensors)
+
+    def _checkpoint(self) -> dict[str, torch.Tensor]:
+        """The policy's first weights: what the engine makes of the same files."""
+        return dict(self._received(read_tensors(self.args.hf_checkpoint).items()))
 
     def _resume(self) -> dict[str, Any]:
         state = checkpoint.load(self.args.load, self.identity, other_plugins=self.args.load_with_other_plugins)
@@ -181,8 +194,16 @@ class EmbeddedRun:
         """Give the engine the policy's weights after so many rollouts, by Hugging Face names and past the plugins."""
         batches = named_batches(self.args, self.trainer.policy)
         exported = (weights.export(self._activation.plugins, self.args, batch) for batch in batches)
+        received: Counter[str] = Counter()
+
+        def sent() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in (pair for batch in exported for pair in batch):
+                received[name] += 1
+                yield name, tensor
+
         # Versions begin at 1, as in slime: what the engine loaded by itself is no version of the trainer's.
-        self.engine.update_weights((pair for batch in exported for pair in batch), str(rollouts + 1))
+        self.engine.update_weights(sent(), str(rollouts + 1))
+        self._hook.after_weight_update(server_args=self._server_args, received=received)
 
     def _save(self, rollouts: int) -> None:
         args = self.args

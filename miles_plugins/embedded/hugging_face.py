@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins.embedded.generate_request import listed, refusal
-from miles_plugins.errors import PluginError, UpstreamError
+from miles_plugins.errors import ArgumentError, PluginError, UpstreamError
 
 if TYPE_CHECKING:
     import torch
@@ -77,16 +77,55 @@ def load_tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def is_quantized(folder: str | Path) -> bool:
+    """Whether a checkpoint has weights in a format of its own, which a plugin must turn into plain ones."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return config.get("quantization_config") is not None
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's safetensors files. Raises ArgumentError: there is none, or it is unreadable."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    )
+    tensors: dict[str, torch.Tensor] = {}
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        raise ArgumentError(
+            "the checkpoint has no weights in safetensors",
+            {"in": folder, "missing": ", ".join(absent[:4])},
+            "copy it whole, or save it again with save_pretrained",
+        )
+    for file in files:
+        try:
+            tensors |= load_file(folder / file)
+        except (OSError, SafetensorError) as error:
+            raise ArgumentError(
+                "the checkpoint's weights cannot be read", {"file": folder / file, "error": error}
+            ) from error
+    return tensors
+
+
 def load_model(folder: str | Path, dtype_name: str, device: str) -> Any:
-    """The causal LM of a folder, ready to generate. Raises ArgumentError, or UpstreamError without transformers."""
+    """The causal LM of a folder, ready to generate; of a quantized checkpoint its shape only, with no weights yet.
+
+    Raises ArgumentError, or UpstreamError without transformers.
+    """
     import torch
 
     dtype = getattr(torch, dtype_name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise refusal("unknown dtype", dtype_name, "bfloat16 or float32")
     with _loading(folder):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
+        if is_quantized(folder):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            del config.quantization_config
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval().requires_grad_(False)
         options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
         # transformers only warns, and fills what is missing with random numbers.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -222,15 +221,14 @@ def named_batches(args: Namespace, policy: torch.nn.Module) -> Iterator[list[tup
         yield list(zip(hugging_face_names(name), split(args, name, parameter.detach()), strict=True))
 
 
-def load_weights(args: Namespace, policy: torch.nn.Module, folder: Path) -> None:
-    """Fill the policy from the safetensors files of a Hugging Face folder.
+def load_weights(args: Namespace, policy: torch.nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Fill the policy from the tensors of a Hugging Face folder.
 
     Raises:
         ArgumentError: a tensor is missing, is of another shape, or is one that the policy does not have.
     """
     import torch
 
-    tensors = _open(folder)
     wanted = {name: hugging_face_names(name) for name, _ in policy.named_parameters()}
     missing = sorted({part for parts in wanted.values() for part in parts} - set(tensors))
     tied = set() if args.untie_embeddings_and_output_weights else {"lm_head.weight"}  # a copy of the embeddings
@@ -257,28 +255,3 @@ def load_weights(args: Namespace, policy: torch.nn.Module, folder: Path) -> None
                         "in": folder,
                     },
                 ) from error
-
-
-def _open(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    index = folder / "model.safetensors.index.json"
-    files = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    )
-    tensors: dict[str, torch.Tensor] = {}
-    if absent := [file for file in files if not (folder / file).is_file()]:
-        raise ArgumentError(
-            "the checkpoint has no weights in safetensors",
-            {"in": folder, "missing": ", ".join(absent[:4])},
-            "copy it whole, or save it again with save_pretrained",
-        )
-    for file in files:
-        try:
-            tensors |= load_file(folder / file)
-        except (OSError, SafetensorError) as error:
-            raise ArgumentError(
-                "the checkpoint's weights cannot be read", {"file": folder / file, "error": error}
-            ) from error
-    return tensors

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,10 @@ def begin_or_continue(args: Namespace) -> int:
     return done
 
 
-def write_inputs(args: Namespace) -> None:
+def write_inputs(args: Namespace, prepare: Callable[[Path], Path | None] = lambda _: None) -> None:
     """The random model and the built-in prompts, where the user gave none, and the model's shape into `args`.
+
+    `prepare` may make another checkpoint of the random model, and returns that.
 
     Raises:
         ArgumentError: the model cannot be made or read, or the folder cannot be written.
@@ -121,6 +123,7 @@ def write_inputs(args: Namespace) -> None:
     if random_model:
         args.hf_checkpoint = args.run_folder / MODEL
         _write_random_model(args.hf_checkpoint, args.seed, {**arguments.TINY, **given})
+        args.hf_checkpoint = prepare(args.hf_checkpoint) or args.hf_checkpoint
     shape = shape_of(check_model_folder(args.hf_checkpoint), args.hf_checkpoint)
     for name, value in given.items():
         if value != shape[name] and not random_model:

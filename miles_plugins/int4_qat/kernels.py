@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -21,9 +21,7 @@ import triton.language as tl
 
 from miles_plugins.int4_qat import grid as reference
 from miles_plugins.int4_qat.grid import Grid
-
-if TYPE_CHECKING:
-    from miles_plugins.int4_qat.grid import Quantised
+from miles_plugins.int4_qat.packed import Packed
 
 SEVENTH = tl.constexpr(reference.SEVENTH)
 ROUNDER = tl.constexpr(12582912.0)  # added and taken off again: float32 then holds whole numbers only
@@ -126,17 +124,6 @@ def _dequantise(packed, scales, values, groups, size: tl.constexpr, many: tl.con
     value = tl.reshape(codes, (many, size)).to(tl.float32) * scale[:, None]
     places = rows[:, None] * size + tl.arange(0, size)[None, :]
     _store(values, places, value, inside[:, None], native)
-
-
-class Packed:
-    """Weights of one shape, quantised: `packed` [weights, N, K / 8] int32, `scale` [weights, N, K / group] bfloat16."""
-
-    def __init__(self, packed: torch.Tensor, scale: torch.Tensor) -> None:
-        self.packed, self.scale = packed, scale
-
-    def quantised(self) -> Quantised:
-        """The codes one by one."""
-        return reference.Quantised(reference.unpack(self.packed), self.scale)
 
 
 def fake_quantise(weights: Sequence[torch.Tensor], grid: Grid) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_plugins.activation import current
 from miles_plugins.errors import UpstreamError
+from miles_plugins.linears import offer
 from miles_plugins.microbatch import announced_pass, begin_microbatch
 from miles_plugins.packing import Packing
 from miles_plugins.patches.seam import Seam, Variant
@@ -40,6 +41,7 @@ def get_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if building := _building.get():
         slime_args, role = building
         current().hook.model_built(args=slime_args, model=model, role=role)
+        offer(current().plugins, slime_args, model, role)
     return model
 
 
@@ -226,7 +228,7 @@ _HAS_SCHEDULE = has_parameter(f"{_MODEL}:train_one_step", "step_global_batch_siz
 SEAMS = (
     Seam(
         name="model",
-        hooks=("model_built",),
+        hooks=("model_built", "forward_weight"),
         patches=(
             Patch(
                 id="slime.model.role",

@@ -15,14 +15,26 @@ from miles_plugins.patching import Patch
 from miles_plugins.weights import export
 
 
-def convert_to_hf(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> list[Any]:
-    return export(current().plugins, args, original(args, *rest, **kwargs))
+def convert_to_hf(
+    original: Callable[..., Any],
+    args: Any,
+    model_name: str,
+    name: str,
+    param: Any,
+    quantization_config: Any = None,
+    **kwargs: Any,
+) -> list[Any]:
+    if quantization_config is not None and current().hook.take_weight_quantization(
+        args=args, quantization=quantization_config
+    ):
+        quantization_config = None
+    return export(current().plugins, args, original(args, model_name, name, param, quantization_config, **kwargs))
 
 
 SEAMS = (
     Seam(
         name="weight export",
-        hooks=("export_weights",),
+        hooks=("export_weights", "take_weight_quantization"),
         patches=(
             Patch(
                 id="slime.weights.export",

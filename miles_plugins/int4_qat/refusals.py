@@ -1,0 +1,179 @@
+"""What cannot work together with INT4 training, found before anything starts; at the latest before training does."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from miles_plugins import ArgumentError, PluginError
+from miles_plugins.int4_qat.checkpoint import CONFIG, CONVERT, PACKED, read_header, read_json, weight_map
+from miles_plugins.int4_qat.memory import MARLIN_K
+from miles_plugins.int4_qat.selection import Selection
+
+HOOK = "OPEN_TRAINING_INT4_FAKE_QAT_FLAG"
+"""Turns on the fake quantization in the Megatron of slime's and miles' images, and of NVIDIA/Megatron-LM#5108."""
+ADVICE = "change what is named, or leave int4 out"
+CAPTURED = "a captured pass would not quantize the next weights"
+TWICE = "the Megatron of slime's image would quantize as well, on another grid: unset it"
+
+
+def check(args: Namespace, selection: Selection) -> None:
+    """Raise ArgumentError naming every flag, variable or field of the checkpoint that speaks against it (driver)."""
+    reasons = {**_reasons(args), **_checkpoint(args, selection)}
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    if reasons:
+        raise ArgumentError("int4_qat cannot work with these arguments", reasons, ADVICE)
+    _require_whole_groups(args, selection)
+    if not hasattr(args, "run_folder"):
+        raise ArgumentError(
+            "int4_qat trains in the embedded host only, so far",
+            {
+                "found": "slime",
+                "missing": "the side of SGLang: giving its packed weights new values",
+            },
+            "try it with `slime-train --embedded --plugins int4`; docs/int4.md says what is there",
+        )
+
+
+def check_trainer(args: Namespace) -> None:
+    """The same of what one trainer sees: its own environment, and its own arguments of --megatron-config-path."""
+    reasons = {name: reason for name, reason in _reasons(args).items() if reason}
+    if reasons:
+        raise ArgumentError("int4_qat cannot work in this trainer", reasons, ADVICE)
+
+
+def _reasons(args: Namespace) -> dict[str, str | None]:
+    def given(name: str) -> object:
+        return getattr(args, name, None)
+
+    def when(condition: object, reason: str) -> str | None:
+        return reason if condition else None
+
+    variables = given("train_env_vars")
+    variables = json.loads(variables) if isinstance(variables, str) and variables else variables or {}
+    on = isinstance(variables, Mapping) and str(variables.get(HOOK)) == "1"
+    return {
+        HOOK: when(os.environ.get(HOOK) == "1", TWICE),
+        "--train-env-vars": when(on, f"{HOOK}=1 in it: {TWICE}"),
+        "--use-transformer-engine-op-fuser": when(
+            given("use_transformer_engine_op_fuser"), "the fused operations read the parameters past the layers"
+        ),
+        "--moe-single-grouped-weight": when(
+            given("moe_single_grouped_weight"), "one GroupedTensor for all experts has no weights one by one"
+        ),
+        "--fp8-format": when(given("fp8") or given("fp8_format"), "the weights would be FP8 on top of INT4"),
+        "--fp4-format": when(given("fp4") or given("fp4_format"), "the weights would be FP4 on top of INT4"),
+        "--use-megatron-fsdp": when(given("use_megatron_fsdp"), "its weights are gathered inside each layer's forward"),
+        "--use-torch-fsdp2": when(given("use_torch_fsdp2"), "its weights are gathered inside each layer's forward"),
+        "--fp16": when(given("fp16"), "the engine's grid has bfloat16 scales"),
+        "--cuda-graph-impl": when(given("cuda_graph_impl") not in (None, "none"), CAPTURED),
+        "--enable-cuda-graph": when(given("enable_cuda_graph"), CAPTURED),
+        "--external-cuda-graph": when(given("external_cuda_graph"), CAPTURED),
+        "--update-weight-mode": when(
+            given("update_weight_mode") == "delta", "an engine's packed weights can only be replaced as a whole"
+        ),
+        "--sglang-moe-runner-backend": when(
+            given("sglang_moe_runner_backend") not in (None, "auto", "marlin") and not _on_cpu(args),
+            f"{given('sglang_moe_runner_backend')}: only Marlin's INT4 experts can be given new weights",
+        ),
+    }
+
+
+def _checkpoint(args: Namespace, selection: Selection) -> dict[str, str | None]:
+    wanted, found = set(args.int4_modules), selection.kinds
+    dense = sorted(found - {"experts"})
+    differ = f"the checkpoint packs {', '.join(sorted(found))}, and the flag says {', '.join(sorted(wanted))}"
+    at_top = read_json(Path(args.hf_checkpoint) / CONFIG).get("quantization_config") is not None
+    return {
+        "--int4-modules": differ if wanted != found else None,
+        "--hf-checkpoint": "quantization_config is in text_config only, where slime does not look: copy it to the top "
+        f"of {CONFIG}"
+        if not at_top
+        else f"packs {', '.join(dense)}: SGLang cannot give its dense INT4 layers new weights; pack experts only"
+        if dense and not _on_cpu(args)
+        else None,
+    }
+
+
+def _on_cpu(args: Namespace) -> bool:
+    """Whether the engine computes with dequantized weights: SGLang on the CPU, the embedded host's anywhere."""
+    return getattr(args, "sglang_device", "cpu") == "cpu"
+
+
+def _require_whole_groups(args: Namespace, selection: Selection) -> None:
+    """Raise for a layout in which a group would lie on two GPUs, or Marlin take several groups for one."""
+    if not selection.kinds & {"experts"}:
+        return
+    folder, size = Path(args.hf_checkpoint), selection.format.group_size
+    files = weight_map(folder)
+    modules = sorted(module for module in selection.modules if ".experts." in module)
+    down = next((module for module in modules if module.endswith((".down_proj", ".w2"))), None)
+    up = next((module for module in modules if module.endswith((".up_proj", ".gate_proj", ".w1", ".w3"))), None)
+    if down is None or up is None:
+        return
+    inner, hidden = (read_header(folder / files[each + PACKED])[each + PACKED].shape[-1] * 8 for each in (down, up))
+    trainer = int(getattr(args, "expert_tensor_parallel_size", None) or 1)
+    if inner % (trainer * size):
+        raise ArgumentError(
+            f"{down} cannot be quantized in groups of {size} with --expert-tensor-parallel-size {trainer}",
+            {"K": inner, "on each rank": f"{inner} / {trainer}", "expected": f"a multiple of {size}"},
+            "take a lower --expert-tensor-parallel-size, or convert the checkpoint with a smaller --group-size",
+        )
+    if _on_cpu(args):
+        return
+    gpus = int(getattr(args, "rollout_num_gpus_per_engine", None) or 1)
+    pipeline = int(getattr(args, "sglang_pp_size", None) or getattr(args, "sglang_pipeline_parallel_size", None) or 1)
+    experts = int(getattr(args, "sglang_ep_size", None) or getattr(args, "sglang_expert_parallel_size", None) or 1)
+    tensor = max(gpus // pipeline // experts, 1)
+    whole = max(MARLIN_K, size)
+    if inner % (tensor * whole) or hidden % 128:
+        raise ArgumentError(
+            f"SGLang's INT4 kernel would take the groups of {down} for others, and serve wrong experts without a word",
+            {
+                "K on each GPU": f"{inner} / {tensor} (engine of {gpus} GPUs, {experts} of them by whole experts)",
+                "expected": f"a multiple of {whole}",
+                "hidden size": hidden,
+                "its multiple": 128,
+            },
+            "divide by whole experts: --sglang-ep-size; or fewer GPUs an engine; or a checkpoint with smaller groups",
+        )
+
+
+# -- the engine ------------------------------------------------------------------------------------------------------
+
+
+def check_received(wanted: Collection[str], received: Mapping[str, int]) -> None:
+    """Raise unless each packed tensor of the checkpoint, and no plain weight in its place, came once in an update."""
+    missing = sorted(name for name in wanted if name not in received)
+    twice = sorted(name for name, times in received.items() if times > 1 and name in wanted)
+    weights = [name for name in received if name.endswith(".weight")]
+    plain = sorted(name for name in weights if name.removesuffix(".weight") + PACKED in wanted)
+    strange = sorted(name for name in received if name.endswith(PACKED) and name not in wanted)
+    if missing or twice or plain or strange:
+        raise PluginError(
+            "a weight update did not bring each INT4 weight of the checkpoint once; generation does not resume",
+            {
+                "expected": f"{len(wanted)} tensors",
+                "missing": _some(missing),
+                "twice": _some(twice),
+                "not packed": _some(plain),
+                "unknown": _some(strange),
+            },
+            f"the trainer and the engine must have the same --hf-checkpoint; else report this. {CONVERT}"
+            if strange or plain
+            else "go on from the last checkpoint; look for the first error in the trainers' logs",
+        )
+
+
+def _some(names: list[str]) -> str | None:
+    return f"{len(names)}, such as {names[0]}" if names else None
+
+
+def engine_evidence(dequantized: int) -> str:
+    """What this engine shows of itself."""
+    if dequantized:
+        return f"{dequantized} INT4 weights loaded as the bfloat16 values they stand for (no INT4 kernel on the CPU)"
+    return "INT4 weights are SGLang's own"

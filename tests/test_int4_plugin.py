@@ -1,0 +1,280 @@
+"""`--plugins int4`: what the trainer computes with is what the engine has; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
+from miles_plugins.cpu_rehearsal.tiny_model import write_tiny_model  # noqa: E402
+from miles_plugins.errors import ArgumentError, PluginError  # noqa: E402
+from miles_plugins.int4_qat import plugin, refusals, selection  # noqa: E402
+from miles_plugins.int4_qat.checkpoint import packed_modules  # noqa: E402
+from miles_plugins.int4_qat.converter import convert_to_int4  # noqa: E402
+from miles_plugins.int4_qat.grid import Grid, fake_quantise  # noqa: E402
+
+EQUALITY = """
+import json, sys
+from miles_plugins.embedded import host
+from miles_plugins.embedded.hugging_face import checkpoint_places
+from miles_plugins.embedded.policy import hugging_face_names, split
+from miles_plugins.int4_qat import plugin
+
+runs, found = [], {"weights": 0, "elements": 0, "different": 0, "different by slime's formulas": 0, "quantized": []}
+begin, use, end = host.EmbeddedRun.__init__, plugin.Int4Weights.__call__, plugin.pass_ends
+
+def __init__(self, *args):
+    runs.append(self)
+    begin(self, *args)
+
+def slimes(weight, size):
+    groups = weight.float().unflatten(-1, (-1, size))
+    scale = (groups.abs().amax(-1, keepdim=True) * plugin_seventh).clamp(min=1e-5)
+    return ((groups / scale).round().clamp(-7, 7) * scale).bfloat16().flatten(-2)
+
+import torch
+plugin_seventh = torch.tensor(0.14285714924335480)
+
+def __call__(self, weights):
+    values = use(self, weights)
+    if plugin._in_pass == "train":
+        engine, name = checkpoint_places(runs[0].engine.model), self.linear.name + ".weight"
+        pairs = zip(hugging_face_names(name), split(runs[0].args, name, values[0]), strict=True)
+        raw = dict(zip(hugging_face_names(name), split(runs[0].args, name, weights[0]), strict=True))
+        for part, value in pairs:
+            found["weights"] += 1
+            found["elements"] += value.numel()
+            found["different"] += int((value != engine[part]).sum())
+            found["different by slime's formulas"] += int((slimes(raw[part], 32) != engine[part]).sum())
+    return values
+
+def pass_ends(stage, error):
+    found["quantized"].append([stage, sorted({layer.quantized for layer in plugin._layers})])
+    end(stage, error)
+
+host.EmbeddedRun.__init__, plugin.Int4Weights.__call__ = __init__, __call__
+pass_ends.__dict__.update(end.__dict__)
+plugin.pass_ends = pass_ends
+from miles_plugins.entrypoints.slime_train import main
+sys.argv = ["slime-train", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("FOUND", json.dumps(found))
+"""
+
+
+def train(folder: Path, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", EQUALITY, "--embedded", "--run-folder", str(folder), "--num-rollout", "3", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.partition("FOUND ")[2])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("plugins", ["int4", "r3,int4"])
+def test_the_trainer_computes_with_the_very_weights_that_the_engine_generated_with(
+    tmp_path: Path, plugins: str
+) -> None:
+    pytest.importorskip("megatron.core")
+    pytest.importorskip("transformers")
+    found = train(tmp_path / "run", "--plugins", plugins, "--recompute-granularity", "full")
+    assert found["weights"] > 0
+    assert found["different"] == 0
+    share = found["different by slime's formulas"] / found["elements"]
+    assert 0.03 < share < 0.12  # the same weights by slime's trainer: 6.9 % for groups of 32
+    # Once a pass, however many microbatches and recomputations.
+    assert found["quantized"] == [["train", [number]] for number in (1, 2, 3)]
+
+
+def test_the_reference_computes_on_the_grid_unless_it_is_told_not_to(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    kl = ("--plugins", "int4", "--use-kl-loss", "--kl-loss-coef", "0.1", "--kl-loss-type", "k3")
+    both = train(tmp_path / "both", *kl)
+    assert both["quantized"][:2] == [["ref_log_prob", [1]], ["train", [2]]]
+    actor = train(tmp_path / "actor", *kl, "--int4-other-passes")
+    assert actor["quantized"][:2] == [["ref_log_prob", [0]], ["train", [1]]]
+
+
+# -- what goes to the engine, and arrives ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "bf16"
+    write_tiny_model(folder)
+    return plugin.prepare_tiny_model(folder)
+
+
+def arguments(folder: Path, **others: Any) -> Namespace:
+    return Namespace(
+        hf_checkpoint=str(folder),
+        num_layers=2,
+        **{
+            "int4_modules": ["experts"],
+            "int4_grid": "stock",
+            "int4_other_passes": ["ref"],
+            "run_folder": folder,
+            **others,
+        },
+    )
+
+
+def test_exactly_the_weights_that_the_checkpoint_has_packed_are_packed(checkpoint: Path) -> None:
+    torch.manual_seed(0)
+    gate = torch.randn(8, 64).bfloat16()
+    down = torch.randn(64, 32).bfloat16()
+    name = "model.layers.1.mlp.experts.7.down_proj"
+    sent = plugin.export_weights(
+        arguments(checkpoint), [("model.layers.1.mlp.gate.weight", gate), (f"{name}.weight", down)]
+    )
+    assert [each for each, _ in sent] == [
+        "model.layers.1.mlp.gate.weight",
+        *(f"{name}.weight_{part}" for part in ("packed", "scale", "shape")),
+    ]
+    assert sent[0][1] is gate
+    arrived = dict(plugin.receive_weights(None, iter(sent)))  # type: ignore[arg-type]
+    assert torch.equal(arrived[f"{name}.weight"], fake_quantise(down, Grid(32)))
+
+
+def test_half_of_a_packed_weight_is_refused() -> None:
+    parts = [("a.weight_packed", torch.zeros(2, 4, dtype=torch.int32))]
+    with pytest.raises(PluginError, match="without its scales"):
+        list(plugin.receive_weights(None, parts))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda names: names.pop("b.weight_scale"), "missing"),
+        (lambda names: names.update({"b.weight_packed": 2}), "twice"),
+        (lambda names: names.update({"b.weight": 1}), "not packed"),
+        (lambda names: names.update({"c.weight_packed": 1}), "unknown"),
+    ],
+)
+def test_an_update_must_bring_each_packed_weight_once(change: Any, problem: str) -> None:
+    wanted = ["b.weight_packed", "b.weight_scale"]
+    names = dict.fromkeys(wanted, 1)
+    refusals.check_received(wanted, names)
+    change(names)
+    with pytest.raises(PluginError, match=rf"{problem} .*1, such as"):
+        refusals.check_received(wanted, names)
+
+
+def test_the_engine_holds_an_update_to_its_own_checkpoint(checkpoint: Path) -> None:
+    server = Namespace(model_path=str(checkpoint))
+    names = {f"{module}.weight_{part}": 1 for module in packed_modules(checkpoint) for part in ("packed", "scale")}
+    plugin.after_weight_update(server_args=server, received=names)
+    names.popitem()
+    with pytest.raises(PluginError, match="does not resume"):
+        plugin.after_weight_update(server_args=server, received=names)
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def check(args: Namespace) -> None:
+    refusals.check(args, selection.read(Path(args.hf_checkpoint), args.num_layers))
+
+
+def test_a_checkpoint_that_fits_is_taken(checkpoint: Path) -> None:
+    check(arguments(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"train_env_vars": '{"OPEN_TRAINING_INT4_FAKE_QAT_FLAG": "1"}'}, "--train-env-vars"),
+        ({"use_transformer_engine_op_fuser": True}, "--use-transformer-engine-op-fuser"),
+        ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
+        ({"fp8": "e4m3"}, "--fp8-format"),
+        ({"fp4": "e2m1"}, "--fp4-format"),
+        ({"fp16": True}, "--fp16"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+        ({"enable_cuda_graph": True}, "--enable-cuda-graph"),
+        ({"external_cuda_graph": True}, "--external-cuda-graph"),
+        ({"update_weight_mode": "delta"}, "--update-weight-mode"),
+        ({"sglang_device": None, "sglang_moe_runner_backend": "triton"}, "--sglang-moe-runner-backend"),
+        ({"int4_modules": ["experts", "mlp"]}, "--int4-modules"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_flag(checkpoint: Path, others: dict[str, Any], named: str) -> None:
+    with pytest.raises(ArgumentError, match=named):
+        check(arguments(checkpoint, **others))
+
+
+def test_the_hook_of_slimes_image_would_quantize_twice(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(refusals.HOOK, "1")
+    with pytest.raises(ArgumentError, match=refusals.HOOK):
+        check(arguments(checkpoint))
+
+
+def test_slime_is_refused_while_sglangs_side_is_not_there(checkpoint: Path) -> None:
+    args = arguments(checkpoint)
+    del args.run_folder
+    with pytest.raises(ArgumentError, match="embedded host only"):
+        check(args)
+
+
+def test_groups_on_two_ranks_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"(?s)down_proj.*groups of 32.*32 / 2.*--expert-tensor-parallel-size"):
+        check(arguments(checkpoint, expert_tensor_parallel_size=2))
+
+
+def test_marlin_would_take_these_groups_for_others(checkpoint: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"(?s)without a word.*multiple of 64"):
+        check(arguments(checkpoint, sglang_device=None, rollout_num_gpus_per_engine=1))
+
+
+def test_a_checkpoint_that_is_not_int4_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    with pytest.raises(ArgumentError, match="convert-int4"):
+        check(arguments(tmp_path / "model"))
+
+
+def changed(checkpoint: Path, folder: Path, change: Any) -> Path:
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def weights_of(config: dict[str, Any]) -> dict[str, Any]:
+    (group,) = config["quantization_config"]["config_groups"].values()
+    return group["weights"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda config: weights_of(config).update(symmetric=False), "symmetric"),
+        (lambda config: weights_of(config).update(group_size=16), "declared.*group_size 16"),
+        (lambda config: config.update(text_config={"quantization_config": config.pop("quantization_config")}), "top"),
+    ],
+)
+def test_a_checkpoint_that_says_something_else_than_it_holds(
+    checkpoint: Path, tmp_path: Path, change: Any, problem: str
+) -> None:
+    with pytest.raises(PluginError, match=rf"(?s){problem}"):
+        check(arguments(changed(checkpoint, tmp_path / "changed", change)))
+
+
+def test_dense_int4_layers_are_refused_for_sglang(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    convert_to_int4(tmp_path / "model", tmp_path / "dense", Grid(32), modules=("experts", "attention"))
+    both = arguments(tmp_path / "dense", int4_modules=["attention", "experts"])
+    check(both)
+    both.sglang_device = None
+    with pytest.raises(ArgumentError, match=r"--hf-checkpoint.*packs attention"):
+        check(both)
