@@ -120,7 +120,7 @@ def receive_engine_request(server_args: Any, request: Any) -> None:
 def receive_weights(
     server_args: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterable[tuple[str, torch.Tensor]] | None:
-    """Weights are about to be loaded into the rollout engine's model (so far in the embedded host only, not in SGLang).
+    """Weights are about to be loaded into the engine's model (rollout_manager, so far in the embedded host only).
 
     From the checkpoint when the engine starts, and in every weight update, there a part at a time. `named_tensors` has
     names of the checkpoint; it can be read once. Return what shall be loaded in its place, lazily if you can; None
@@ -130,7 +130,9 @@ def receive_weights(
 
 @hookspec
 def after_weight_update(server_args: Any, received: Mapping[str, int]) -> None:
-    """All weights of one update have come, and generation has not resumed yet (so far in the embedded host only).
+    """All weights of one update have come (rollout_manager, so far in the embedded host only).
+
+    Generation has not resumed yet.
 
     `received` is how often each name came in this update, as the trainer sent it. Raise `PluginError` where something
     is missing: the engine then stays paused, and the run ends.

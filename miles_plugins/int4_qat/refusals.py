@@ -34,7 +34,7 @@ def check(args: Namespace, selection: Selection) -> None:
                 "found": "slime",
                 "missing": "the side of SGLang: giving its packed weights new values",
             },
-            "try it with `slime-train --embedded --plugins int4`; docs/int4.md says what is there",
+            "try it with `slime-train --embedded --plugins int4`; docs/int4_qat.md says what is there",
         )
 
 
