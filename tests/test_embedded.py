@@ -142,7 +142,8 @@ def calls(hooked: Path) -> list[str]:
     return (hooked / "calls").read_text().splitlines()
 
 
-@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook != "doctor"])  # which belongs to no run
+# `doctor` belongs to no run; `take_weight_quantization` is about slime's quantizer, which this host lacks.
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook not in ("doctor", "take_weight_quantization")])
 def test_every_hook_is_called(hook: str, calls: list[str]) -> None:
     assert any(call.split()[0] == hook for call in calls)
 
@@ -180,7 +181,9 @@ def test_hooks_are_called_in_the_order_of_slimes_training_loop(calls: list[str])
         "pass_ends train",
         "step_metrics",
         "metrics_logged train/step",
+        "receive_weights",  # which draws from export_weights
         "export_weights",
+        "after_weight_update",
         "receive_engine_request",
         "encode_routed_experts",
         "receive_response",
