@@ -38,7 +38,7 @@ from miles_plugins.console import Interrupted, interruptible, number, percent, r
 from miles_plugins.cpu_rehearsal import toy_task
 from miles_plugins.cpu_rehearsal.tiny_model import TinyModel, write_tiny_model
 from miles_plugins.errors import ArgumentError, PluginError, UpstreamError
-from miles_plugins.manager import installed_plugins, resolve_names
+from miles_plugins.manager import Plugins, installed_plugins, resolve_names
 
 PROMPTS_PER_ROLLOUT = 4
 SAMPLES_PER_PROMPT = 8
@@ -187,7 +187,8 @@ def slime_flags(rehearsal: Rehearsal, model: TinyModel, task: Sequence[str]) -> 
         "--expert-tensor-parallel-size": 1,
         "--pipeline-model-parallel-size": rehearsal.pipeline_parallel,
     }
-    checkpoint = {"--hf-checkpoint": model.folder, "--load": model.folder}
+    prepared = Plugins.named(rehearsal.all_plugins).hook.prepare_tiny_model(folder=model.folder)
+    checkpoint = {"--hf-checkpoint": prepared or model.folder, "--load": model.folder}
     rollout = {
         "--num-rollout": rehearsal.rollouts,
         "--rollout-batch-size": PROMPTS_PER_ROLLOUT,

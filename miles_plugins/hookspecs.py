@@ -98,10 +98,11 @@ def process_environment(role: str) -> Mapping[str, str]:  # type: ignore[empty-b
 
 @hookspec(firstresult=True)
 def prepare_tiny_model(folder: Path) -> Path | None:
-    """A tiny random model was made to try the plugins on (`slime-train --embedded`, driver).
+    """A tiny random model was made to try the plugins on (`miles-plugins rehearse`, `slime-train --embedded`; driver).
 
     `folder` is its Hugging Face checkpoint, bfloat16. A plugin that trains on another kind of checkpoint makes one of
-    it, beside it, and returns that folder: it becomes `--hf-checkpoint`.
+    it, beside it, and returns that folder: it becomes `--hf-checkpoint`. Nothing of upstream is
+    imported then.
     """
 
 
@@ -120,19 +121,18 @@ def receive_engine_request(server_args: Any, request: Any) -> None:
 def receive_weights(
     server_args: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterable[tuple[str, torch.Tensor]] | None:
-    """Weights are about to be loaded into the engine's model (rollout_manager, so far in the embedded host only).
+    """Weights are about to be loaded into a model of the engine (sglang_scheduler, each rank).
 
     From the checkpoint when the engine starts, and in every weight update, there a part at a time. `named_tensors` has
     names of the checkpoint; it can be read once. Return what shall be loaded in its place, lazily if you can; None
-    leaves it. Each plugin is given what the one before returned. `server_args` is SGLang's.
+    leaves it. Each plugin is given what the one before returned. `server_args` is SGLang's. Frozen models that slime
+    serves beside the trained one, and draft models, come here too.
     """
 
 
 @hookspec
 def after_weight_update(server_args: Any, received: Mapping[str, int]) -> None:
-    """All weights of one update have come (rollout_manager, so far in the embedded host only).
-
-    Generation has not resumed yet.
+    """All weights of one update have come (sglang_scheduler, each rank); generation has not resumed yet.
 
     `received` is how often each name came in this update, as the trainer sent it. Raise `PluginError` where something
     is missing: the engine then stays paused, and the run ends.

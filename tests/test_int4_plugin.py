@@ -122,7 +122,6 @@ def arguments(folder: Path, **others: Any) -> Namespace:
             "int4_modules": ["experts"],
             "int4_grid": "stock",
             "int4_other_passes": ["ref"],
-            "run_folder": folder,
             **others,
         },
     )
@@ -219,11 +218,18 @@ def test_the_hook_of_slimes_image_would_quantize_twice(checkpoint: Path, monkeyp
         check(arguments(checkpoint))
 
 
-def test_slime_is_refused_while_sglangs_side_is_not_there(checkpoint: Path) -> None:
-    args = arguments(checkpoint)
-    del args.run_folder
-    with pytest.raises(ArgumentError, match="embedded host only"):
-        check(args)
+def test_sglang_on_the_cpu_is_told_nothing_of_the_format(checkpoint: Path) -> None:
+    args = arguments(checkpoint, sglang_device="cpu", sglang_json_model_override_args='{"rope_theta": 5}')
+    plugin.configure(args)
+    assert json.loads(args.sglang_json_model_override_args) == {"rope_theta": 5, "quantization_config": None}
+
+
+def test_sglang_with_the_kernel_gets_the_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_dequantized", 0)
+    parts = [("a.weight_packed", torch.zeros(2, 4, dtype=torch.int32)), ("b.weight", torch.zeros(2))]
+    server = Namespace(json_model_override_args="{}")
+    assert list(plugin.receive_weights(server, iter(parts))) == parts  # type: ignore[arg-type]
+    assert "loaded packed" in str(plugin.probe("sglang_scheduler"))
 
 
 def test_groups_on_two_ranks_are_refused(checkpoint: Path) -> None:

@@ -31,8 +31,8 @@ SEAMS = all_seams()
 PATCHES = [patch for seam in SEAMS for patch in seam.everywhere()]
 HOOKS = {name: value for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")}
 # Called by the layer itself: by its commands, or in patches that are there whenever any plugin is (no Seam.hooks).
-SO_FAR_EMBEDDED_ONLY = {"prepare_tiny_model", "receive_weights", "after_weight_update"}
-OF_THE_LAYER = SO_FAR_EMBEDDED_ONLY | {
+OF_THE_LAYER = {
+    "prepare_tiny_model",
     "default_flags",
     "register_arguments",
     "configure",
@@ -220,7 +220,7 @@ def test_every_hook_is_called_with_just_its_arguments():
         assert keywords == set(inspect.signature(HOOKS[hook]).parameters), where
         if "/embedded/" not in where:  # the real stack is to call each of them
             called.add(hook)
-    by_hand = {"register_arguments", "doctor"} | SO_FAR_EMBEDDED_ONLY
+    by_hand = {"register_arguments", "doctor", "prepare_tiny_model"}
     missing = set(HOOKS) - called - by_hand - {"choose_device"}  # a switch, never called
     assert missing == set()
 

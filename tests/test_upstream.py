@@ -84,12 +84,81 @@ def in_order(calls: list[str], names: set[str]) -> list[str]:
     return [call for call, _ in itertools.groupby(call for call in calls if call in names)]
 
 
+WEIGHT_WATCH = """
+import hashlib, json
+from pathlib import Path
+
+import torch
+
+from miles_plugins.int4_qat import plugin as int4
+
+FOLDER = Path(__file__).parent
+arrived, used = {}, set()
+
+
+def digest(weight):
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def write(side, digests):
+    with (FOLDER / side).open("a") as file:
+        file.write(json.dumps(sorted(digests)) + chr(10))
+
+
+@hookimpl
+def receive_weights(named_tensors):
+    for name, tensor in named_tensors:
+        if ".experts." in name:
+            arrived[name] = digest(tensor)
+        yield name, tensor
+
+
+@hookimpl
+def after_weight_update():
+    write("engine", arrived.values())
+
+
+@hookimpl
+def model_built():
+    compute = int4.Int4Weights.__call__
+
+    def watched(self, weights):
+        found = compute(self, weights)
+        parts = 2 if self.linear.name.endswith("fc1") else 1  # gate and up
+        used.update(digest(part) for weight in found for part in weight.chunk(parts))
+        return found
+
+    int4.Int4Weights.__call__ = watched
+
+
+@hookimpl
+def pass_begins():
+    used.clear()
+
+
+@hookimpl
+def pass_ends(stage):
+    if stage == "train":
+        write("trainer", used)
+"""
+
+
 @pytest.mark.usefixtures("upstream_path")
-def test_routing_is_replayed_on_slimes_main(megatron: Path, tmp_path: Path) -> None:
+def test_on_slimes_main_routing_is_replayed_and_the_trainer_computes_with_the_engines_int4_weights(
+    megatron: Path, tmp_path: Path
+) -> None:
     """Where slime keeps its metrics, its accelerators and a check of the routing elsewhere."""
+    path = third_party(tmp_path, "weight_watch", WEIGHT_WATCH)
     slime = unpacked_commit(("SLIME_HOME", "~/slime", MAIN))
-    result = rehearse(slime, megatron, tmp_path / "run", "--plugins", "r3", "--rollouts", "2")
+    options = ["--plugins", "r3,int4,weight_watch", "--rollouts", "2"]
+    result = rehearse(slime, megatron, tmp_path / "run", *options, path=path)
     replayed_everywhere(passed(result, tmp_path / "run", rollouts=2))
+    engine, trainer = (
+        [json.loads(line) for line in (tmp_path / side).read_text().splitlines()] for side in ("engine", "trainer")
+    )
+    assert [len(digests) for digests in trainer] == [48, 48]  # 2 layers of 8 experts with 3 matrices
+    assert engine[:2] == trainer
+    assert engine[0] != engine[1], "nothing was trained"
 
 
 @pytest.mark.usefixtures("upstream_path")

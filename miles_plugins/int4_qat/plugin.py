@@ -6,6 +6,7 @@ The checkpoint says what is INT4 (`selection`). In the trainer those layers comp
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from miles_plugins.int4_qat.selection import Place, Selection
 if TYPE_CHECKING:
     import torch
 
-SIDES = ("trainer", "rollout_manager")
+SIDES = ("trainer", "sglang_scheduler")
 OTHER_PASSES = {"ref": "ref_log_prob", "teacher": "teacher_log_prob"}
 WEIGHT = ".weight"
 TINY_GROUP = 32  # of the tiny models to try it on, whose experts have a K of 32
@@ -36,7 +37,8 @@ _natural: frozenset[str] = frozenset()  # passes that compute with the weights a
 _in_pass: str | None = None
 _role = ""
 _complete = False  # whether every layer that must be quantized was found
-_dequantized = 0  # weights that arrived at an engine without an INT4 kernel
+_arrived = 0  # packed weights that came to the engine, in updates too
+_dequantized = 0  # of them, at one without an INT4 kernel
 _packs_at_engine: frozenset[str] | None = None
 
 
@@ -73,6 +75,10 @@ def register_arguments(parser: ArgumentParser) -> None:
 @hookimpl
 def configure(args: Namespace) -> None:
     refusals.check(args, selection.read(Path(args.hf_checkpoint), args.num_layers))
+    if getattr(args, "sglang_device", None) == "cpu":
+        # SGLang has no INT4 kernel there: without the format it builds plain layers, and `receive_weights` fills them.
+        given = json.loads(args.sglang_json_model_override_args or "{}")
+        args.sglang_json_model_override_args = json.dumps({**given, "quantization_config": None})
 
 
 @hookimpl
@@ -228,12 +234,25 @@ def _exported(name: str, tensor: torch.Tensor, chosen: Selection, grid: Grid) ->
 def receive_weights(
     server_args: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterable[tuple[str, torch.Tensor]] | None:
-    return _unpacked(named_tensors)  # transformers' model computes in bfloat16, on any device
+    return _counted(named_tensors) if _has_int4_kernel(server_args) else _unpacked(named_tensors)
+
+
+def _has_int4_kernel(server_args: Any) -> bool:
+    """Not so in SGLang on the CPU (see `configure`) and in the embedded host, whose engine is transformers' model."""
+    overrides = getattr(server_args, "json_model_override_args", None)
+    return overrides is not None and "quantization_config" not in json.loads(overrides)
+
+
+def _counted(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    global _arrived
+    for name, tensor in named_tensors:
+        _arrived += name.endswith(PACKED)
+        yield name, tensor
 
 
 def _unpacked(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Plain weights in place of packed ones: exactly the values that an INT4 kernel would compute with."""
-    global _dequantized
+    global _arrived, _dequantized
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in named_tensors:
         end = next((end for end in (PACKED, SCALE, SHAPE) if name.endswith(end)), None)
@@ -247,6 +266,7 @@ def _unpacked(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
         both[end] = tensor.clone()  # a bucket's memory may be used again before the other half comes
         if len(both) == 2:
             del halves[module]
+            _arrived += 1
             _dequantized += 1
             yield module + WEIGHT, dequantise(Packed(both[PACKED], both[SCALE]))
     if halves:
@@ -279,6 +299,6 @@ def probe(role: str) -> str | None:
         kinds = ", ".join(sorted(_selection.kinds))
         size = _selection.format.group_size
         return f"{sum(_places.values())} weights of {len(_layers)} layers on the INT4 grid ({kinds}, groups of {size})"
-    if role == "rollout_manager":
-        return refusals.engine_evidence(_dequantized)
+    if role in ("rollout_manager", "sglang_scheduler"):
+        return refusals.engine_evidence(_arrived, _dequantized)
     return None

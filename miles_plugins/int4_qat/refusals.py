@@ -27,15 +27,6 @@ def check(args: Namespace, selection: Selection) -> None:
     if reasons:
         raise ArgumentError("int4_qat cannot work with these arguments", reasons, ADVICE)
     _require_whole_groups(args, selection)
-    if not hasattr(args, "run_folder"):
-        raise ArgumentError(
-            "int4_qat trains in the embedded host only, so far",
-            {
-                "found": "slime",
-                "missing": "the side of SGLang: giving its packed weights new values",
-            },
-            "try it with `slime-train --embedded --plugins int4`; docs/int4_qat.md says what is there",
-        )
 
 
 def check_trainer(args: Namespace) -> None:
@@ -75,6 +66,13 @@ def _reasons(args: Namespace) -> dict[str, str | None]:
         "--update-weight-mode": when(
             given("update_weight_mode") == "delta", "an engine's packed weights can only be replaced as a whole"
         ),
+        "--sglang-pp-size": when(
+            _pipeline_stages(args) > 1,
+            "only the first pipeline stage answers whether an update succeeded",
+        ),
+        "--sglang-speculative-algorithm": when(
+            given("sglang_speculative_algorithm"), "which weights a draft model must have received is not known"
+        ),
         "--sglang-moe-runner-backend": when(
             given("sglang_moe_runner_backend") not in (None, "auto", "marlin") and not _on_cpu(args),
             f"{given('sglang_moe_runner_backend')}: only Marlin's INT4 experts can be given new weights",
@@ -103,6 +101,11 @@ def _on_cpu(args: Namespace) -> bool:
     return getattr(args, "sglang_device", "cpu") == "cpu"
 
 
+def _pipeline_stages(args: Namespace) -> int:
+    """Of one engine."""
+    return int(getattr(args, "sglang_pp_size", None) or getattr(args, "sglang_pipeline_parallel_size", None) or 1)
+
+
 def _require_whole_groups(args: Namespace, selection: Selection) -> None:
     """Raise for a layout in which a group would lie on two GPUs, or Marlin take several groups for one."""
     if not selection.kinds & {"experts"}:
@@ -125,9 +128,8 @@ def _require_whole_groups(args: Namespace, selection: Selection) -> None:
     if _on_cpu(args):
         return
     gpus = int(getattr(args, "rollout_num_gpus_per_engine", None) or 1)
-    pipeline = int(getattr(args, "sglang_pp_size", None) or getattr(args, "sglang_pipeline_parallel_size", None) or 1)
     experts = int(getattr(args, "sglang_ep_size", None) or getattr(args, "sglang_expert_parallel_size", None) or 1)
-    tensor = max(gpus // pipeline // experts, 1)
+    tensor = max(gpus // _pipeline_stages(args) // experts, 1)
     whole = max(MARLIN_K, size)
     if inner % (tensor * whole) or hidden % 128:
         raise ArgumentError(
@@ -172,8 +174,10 @@ def _some(names: list[str]) -> str | None:
     return f"{len(names)}, such as {names[0]}" if names else None
 
 
-def engine_evidence(dequantized: int) -> str:
-    """What this engine shows of itself."""
+def engine_evidence(arrived: int, dequantized: int) -> str | None:
+    """What this process shows of itself; None where no packed weight was loaded, as of a frozen bfloat16 model."""
+    if not arrived:
+        return None
     if dequantized:
         return f"{dequantized} INT4 weights loaded as the bfloat16 values they stand for (no INT4 kernel on the CPU)"
-    return "INT4 weights are SGLang's own"
+    return f"{arrived} INT4 weights loaded packed"
