@@ -3,6 +3,10 @@
 `python -m benchmarks.int4` (a CUDA GPU). The weights are the experts of layers of Qwen3-30B-A3B: 128 experts, fc1
 [1536, 2048] and fc2 [2048, 768] bfloat16, more than a GPU's cache holds. Eager is what slime's trainer hook and packer
 do, written anew from their description: twelve PyTorch operations a weight (fake), and about as many to pack.
+
+Then what a pass and a weight update cost for one such layer. A pass: 8 microbatches with full recomputation, 16
+forwards, quantized once or each time. An update: 384 tensors, packed as `export_weights` is given
+them, a Megatron parameter at a time.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from miles_plugins.int4_qat import kernels
+from miles_plugins.int4_qat import packed as packed_form
 from miles_plugins.int4_qat.grid import Grid
 
 EXPERTS, SHAPES = 128, ((1536, 2048), (2048, 768))
+FORWARDS = 16  # 8 microbatches, each computed again in the backward pass
 
 
 def eager_fake(weight: torch.Tensor, size: int) -> torch.Tensor:
@@ -98,6 +104,36 @@ def measure(size: int, shape: tuple[int, int], repeats: int) -> list[dict[str, o
     return rows
 
 
+def measure_layer(size: int, repeats: int) -> list[dict[str, object]]:
+    """One MoE layer in a training pass and in a weight update, by each way."""
+    grid = Grid(size)
+    fc1, fc2 = ([(torch.randn(shape, device="cuda") * 0.02).bfloat16() for _ in range(EXPERTS)] for shape in SHAPES)
+    parameters = [list(weight.chunk(2)) for weight in fc1] + [[weight] for weight in fc2]
+
+    def forwards(quantise: Callable[[Sequence[torch.Tensor]], object]) -> None:
+        for _ in range(FORWARDS):
+            quantise(fc1)
+            quantise(fc2)
+
+    def once() -> None:
+        packed = [packed_form.pack(fc1, grid), packed_form.pack(fc2, grid)]
+        for _ in range(FORWARDS):
+            for each_layer in packed:
+                packed_form.dequantise(each_layer)
+
+    cases: list[tuple[str, Callable[[], object]]] = [
+        ("a pass, eager each forward", lambda: forwards(lambda weights: each(eager_fake, weights, size))),
+        ("a pass, fused each forward", lambda: forwards(lambda weights: kernels.fake_quantise(weights, grid))),
+        ("a pass, quantised once", once),
+        ("an update, eager", lambda: [eager_pack(weight, size) for parts in parameters for weight in parts]),
+        ("an update, ours", lambda: [packed_form.pack([weight], grid) for parts in parameters for weight in parts]),
+    ]
+    return [
+        {"group size": size, "what": name, "ms": round(milliseconds(run, repeats, together=2), 3)}
+        for name, run in cases
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=10)
@@ -106,12 +142,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA GPU here: nothing was measured")
     rows = [row for size in (32, 64, 128) for shape in SHAPES for row in measure(size, shape, options.repeats)]
+    rows += [row for size in (32, 64, 128) for row in measure_layer(size, options.repeats)]
     if options.json:
         print(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": rows}))
         return
     print(f"{torch.cuda.get_device_name()}, {EXPERTS} experts, median of {options.repeats}")
     for row in rows:
-        print("  ".join(f"{value!s:>22}" if key == "what" else f"{key} {value}" for key, value in row.items()))
+        print("  ".join(f"{value!s:>27}" if key == "what" else f"{key} {value}" for key, value in row.items()))
 
 
 if __name__ == "__main__":

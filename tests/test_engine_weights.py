@@ -70,6 +70,7 @@ def model(events: list[str], monkeypatch: pytest.MonkeyPatch) -> Model:
     given = plugins(receive_weights=receive_weights, after_weight_update=after_weight_update)
     layer = Namespace(plugins=given, hook=given.hook)
     monkeypatch.setattr(weights, "current", lambda: layer)
+    monkeypatch.setattr(weights, "_scheduler", Namespace(server_args=None))
     monkeypatch.setattr(weights, "has_update_sessions", lambda: False)
     monkeypatch.setattr(weights, "_of_all_ranks", lambda failure: [failure] if failure else [])
     monkeypatch.setattr(weights, "_on_its_device", nullcontext)
@@ -77,7 +78,9 @@ def model(events: list[str], monkeypatch: pytest.MonkeyPatch) -> Model:
 
 
 def act(model: Model, action: str) -> None:
-    weights.handle(lambda *_: pytest.fail("SGLang does not know it"), Namespace(_get_model=lambda: model), action)
+    weights.handle(
+        lambda *_, **__: pytest.fail("SGLang does not know it"), Namespace(_get_model=lambda: model), action=action
+    )
 
 
 def test_an_update_is_restored_loaded_judged_and_packed(model: Model, events: list[str]) -> None:
@@ -138,7 +141,10 @@ def test_a_failure_of_another_rank_is_one_here(model: Model, monkeypatch: pytest
 
 
 def test_sglangs_own_actions_stay_its_own() -> None:
-    assert weights.handle(lambda checker, action: (checker, action), "checker", "snapshot") == ("checker", "snapshot")
+    assert weights.handle(lambda checker, action: (checker, action), "checker", action="snapshot") == (
+        "checker",
+        "snapshot",
+    )
 
 
 # -- slime's engine --------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Routing replay is one behaviour on every Megatron that slime runs on, also where an image has patched it.
+"""What plugins do to routers and linear layers is one behaviour on every Megatron that slime runs on.
+
+Also where an image has patched it.
 
 Each Megatron runs in a process of its own: this file as a script, with that Megatron in front of sys.path. The tests
 only read what it reports.
@@ -217,6 +219,15 @@ def select_experts(router: Any, scores: Any, topk: int, choose: Any) -> Any:
     return here.decide and here.decide(router, scores, topk, choose)
 
 
+def forward_weight(linear: Any) -> Any:
+    """The same of the weights of linear layers: those of experts are rounded."""
+    return rounded if ".experts." in linear.name else None
+
+
+def rounded(weights: Any) -> list[Any]:
+    return [(weight * 64).round() / 64 for weight in weights]
+
+
 @contextmanager
 def deciding(decide: Callable[..., Any] | None) -> Iterator[None]:
     here.decide = decide
@@ -257,10 +268,10 @@ def prepare(folder: str, asks: bool, image: str) -> None:
 
     torch.set_num_threads(1)
     patch_set(cpu.SEAMS).apply()
-    modules = tuple(f"miles_plugins.patches.megatron.{name}" for name in ("router", "recompute"))
+    modules = tuple(f"miles_plugins.patches.megatron.{name}" for name in ("router", "recompute", "linear"))
     host = Host("test", modules, always=frozenset({"microbatch_begins"}))
     module = ModuleType("deciding")
-    vars(module).update(__file__="", select_experts=hookimpl(select_experts))
+    vars(module).update(__file__="", select_experts=hookimpl(select_experts), forward_weight=hookimpl(forward_weight))
     plugins = Plugins([Plugin(Installed("deciding", "tests", "0", None), module)])
     here.activation = activation.Activation(plugins, "trainer", "run", host)
     activation._current = here.activation
@@ -876,6 +887,62 @@ def snapshot() -> dict[tuple[str, str], Any]:
 def differing(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> set[tuple[str, str]]:
     changed = {key for key in before.keys() | after.keys() if before.get(key) is not after.get(key)}
     return {key for key in changed if key[1] not in ("__dict__", "__weakref__")}  # made anew at each look
+
+
+def made_gpt(**changed: Any) -> Any:
+    """A GPT of Megatron's local layers, its experts in a SequentialMLP."""
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    torch.manual_seed(0)
+    return GPTModel(
+        config=configuration(**changed),
+        transformer_layer_spec=get_gpt_layer_local_spec(EXPERTS, False, normalization="RMSNorm"),
+        vocab_size=32,
+        max_sequence_length=16,
+        position_embedding_type="rope",
+    )
+
+
+def trained_on(model: Any) -> tuple[Any, dict[str, Any]]:
+    """Its logits for some tokens, and the gradient of each parameter."""
+    import torch
+
+    model.zero_grad()
+    tokens = torch.arange(16).unsqueeze(0) % 7
+    mask = torch.ones(1, 1, 16, 16).triu(1).bool()
+    logits = model(tokens, torch.arange(16).unsqueeze(0), mask)
+    logits.square().sum().backward()
+    return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@behaviour
+def experts_compute_with_the_weights_that_a_plugin_gives_also_when_they_are_recomputed() -> None:
+    import torch
+
+    from miles_plugins.linears import offer
+
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    for changed in ({}, recompute):
+        plain, model = made_gpt(), made_gpt(**changed)
+        natural, _ = trained_on(plain)
+        offer(here.activation.plugins, SimpleNamespace(), [model], "actor")  # type: ignore[arg-type]
+        for factor in (1, 2):  # the second time the weights are others, as after an optimizer step
+            for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+                own.data.mul_(factor)
+                other.data.copy_(own)
+            for name, parameter in plain.named_parameters():
+                if ".experts." in name:
+                    parameter.data.copy_(rounded([parameter.data])[0])
+            logits, gradients = trained_on(model)
+            expected, expected_gradients = trained_on(plain)
+            assert torch.equal(logits, expected)
+            assert not torch.equal(logits, natural)
+            experts = [name for name in gradients if ".experts." in name]
+            assert len(experts) == 2 * 2 * EXPERTS
+            assert any(gradients[name].any() for name in experts)
+            assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
 
 
 @behaviour

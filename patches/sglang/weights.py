@@ -18,7 +18,7 @@ from miles_plugins.activation import current
 from miles_plugins.compat.sglang_weights import BEGIN, END, device_loading_context, has_update_sessions, model_of
 from miles_plugins.errors import PluginError
 from miles_plugins.patches.seam import Seam
-from miles_plugins.patching import Patch
+from miles_plugins.patching import Need, Patch, has_parameter
 from miles_plugins.weights import receive
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SGLANG = "https://github.com/sgl-project/sglang/blob/v0.5.15.post1/python/sglang/srt"
 logger = logging.getLogger("miles_plugins")
-_server_args: Any = None
+_scheduler: Any = None  # of this process; its `server_args` are there before it loads a model
 
 
 class Reception:
@@ -39,7 +39,7 @@ class Reception:
         self.restored: list[tuple[Any, Any]] = []  # layers whose packed weights wait for `process`, and who does that
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
-        given = receive(current().plugins, _server_args, self._counted(weights))
+        given = receive(current().plugins, _scheduler.server_args, self._counted(weights))
         return self._load_weights(given, *args, **kwargs)
 
     def _counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -48,10 +48,10 @@ class Reception:
             yield name, tensor
 
 
-def remember_arguments(original: Callable[..., None], self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    global _server_args
-    _server_args = server_args
-    original(self, server_args, *args, **kwargs)
+def remember_scheduler(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    global _scheduler
+    _scheduler = self
+    original(self, *args, **kwargs)
 
 
 def receive_through_plugins(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ def end_update(model: Any) -> None:
             {},
             "the server was restarted during an update; go on from the last checkpoint",
         )
-    current().hook.after_weight_update(server_args=_server_args, received=dict(reception.received))
+    current().hook.after_weight_update(server_args=_scheduler.server_args, received=dict(reception.received))
     for layer, method in reception.restored:
         with _on_its_device(layer):
             method.process_weights_after_loading(layer)
@@ -139,9 +139,10 @@ def _on_its_device(layer: Any) -> AbstractContextManager[Any]:
 _ACTIONS = {BEGIN: begin_update, END: end_update}
 
 
-def handle(original: Callable[..., Any], self: Any, action: str, *args: Any, **kwargs: Any) -> Any:
+def handle(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    action = str(kwargs.get("action"))  # by position SGLang itself would refuse ours
     if action not in _ACTIONS:
-        return original(self, action, *args, **kwargs)
+        return original(self, *args, **kwargs)
     error: Exception | None = None
     try:
         _ACTIONS[action](model_of(self))
@@ -168,12 +169,18 @@ def _of_all_ranks(failure: str | None) -> list[str]:
     return [each for each in every if each]
 
 
-def _patch(name: str, target: str, wrap: Callable[..., Any], reason: str, retire_when: str) -> Patch:
+_CHECKER = "sglang.srt.utils.weight_checker:WeightChecker.handle"
+
+
+def _patch(
+    name: str, target: str, wrap: Callable[..., Any], reason: str, retire_when: str, needs: tuple[Need, ...] = ()
+) -> Patch:
     file = target.partition(":")[0].removeprefix("sglang.srt.").replace(".", "/")
     return Patch(
         id=f"sglang.weights.{name}",
         target=target,
         wrap=wrap,
+        needs=needs,
         roles=frozenset({"sglang_scheduler"}),
         reason=reason,
         upstream=f"{SGLANG}/{file}.py",
@@ -189,7 +196,7 @@ SEAMS = (
             _patch(
                 "arguments",
                 "sglang.srt.managers.scheduler:Scheduler.__init__",
-                remember_arguments,
+                remember_scheduler,
                 "the code that loads a model is not given the server's arguments",
                 "load_weights is",
             ),
@@ -202,10 +209,11 @@ SEAMS = (
             ),
             _patch(
                 "update",
-                "sglang.srt.utils.weight_checker:WeightChecker.handle",
+                _CHECKER,
                 handle,
                 "before 0.5.23 SGLang does not know when updates begin or end, and loads packed weights once",
                 "every supported SGLang has update sessions that tell what they received",
+                needs=(has_parameter(_CHECKER, "action"),),
             ),
         ),
     ),
