@@ -179,5 +179,5 @@ def engine_evidence(arrived: int, dequantized: int) -> str | None:
     if not arrived:
         return None
     if dequantized:
-        return f"{dequantized} INT4 weights loaded as the bfloat16 values they stand for (no INT4 kernel on the CPU)"
+        return f"{dequantized} INT4 weights loaded as the bfloat16 values they stand for (no INT4 kernel here)"
     return f"{arrived} INT4 weights loaded packed"
