@@ -925,7 +925,7 @@ def experts_compute_with_the_weights_that_a_plugin_gives_also_when_they_are_reco
 
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     for changed in ({}, recompute):
-        plain, model = made_gpt(), made_gpt(**changed)
+        plain, model = made_gpt(**changed), made_gpt(**changed)
         natural, _ = trained_on(plain)
         offer(here.activation.plugins, SimpleNamespace(), [model], "actor")  # type: ignore[arg-type]
         for factor in (1, 2):  # the second time the weights are others, as after an optimizer step
