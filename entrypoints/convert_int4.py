@@ -49,7 +49,7 @@ def convert_int4(source: Path, target: Path, group_size: str, modules: Sequence[
     )
     click.echo(f"{done.weights} weights packed in groups of {grid.group_size}: {', '.join(chosen)}")
     click.echo(_sizes(done, done.bytes_before / done.bytes_after, "smaller"))
-    click.echo(f"next: serve it with SGLang, --model-path {target}; nothing trains on it yet (docs/int4_qat.md)")
+    click.echo(f"next: train on it, `slime-train --plugins int4 --hf-checkpoint {target} …`, or serve it with SGLang")
 
 
 @click.command("convert-bf16")

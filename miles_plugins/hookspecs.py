@@ -134,8 +134,9 @@ def receive_weights(
 def after_weight_update(server_args: Any, received: Mapping[str, int]) -> None:
     """All weights of one update have come (sglang_scheduler, each rank); generation has not resumed yet.
 
-    `received` is how often each name came in this update, as the trainer sent it. Raise `PluginError` where something
-    is missing: the engine then stays paused, and the run ends.
+    `received` is how often each name came in this update, as the trainer sent it. A name that came to some ranks only
+    (divided experts) is in it on every rank. Raise `PluginError` where something is missing: the engine then stays
+    paused, and the run ends.
     """
 
 

@@ -228,13 +228,13 @@ def _with_experts(
     """A legacy GroupedMLP reads `self.weight1` and `self.weight2`: while it runs, it has others of these names."""
 
     def with_experts(*args: Any, **kwargs: Any) -> Any:
-        for name, substitute in substitutes.items():
-            module.__dict__[name] = substitute([getattr(module, name)])[0]
         try:
+            for name, substitute in substitutes.items():
+                module.__dict__[name] = substitute([getattr(module, name)])[0]
             return forward(*args, **kwargs)
         finally:
             for name in substitutes:
-                del module.__dict__[name]
+                module.__dict__.pop(name, None)
 
     return with_experts
 
@@ -263,11 +263,11 @@ class Substitute:
     Attributes:
         linear: whose.
         plugin: whose choice it is.
-        calls: forward passes until now.
+        asked: whether the last forward pass used it.
     """
 
     def __init__(self, linear: Linear, change: Change, plugin: str, fused: bool) -> None:
-        self.linear, self.plugin, self.calls = linear, plugin, 0
+        self.linear, self.plugin = linear, plugin
         self._change, self._fused = change, fused
         self._deferred = bool(getattr(getattr(linear.module, "config", None), "delay_wgrad_compute", False))
         self.asked = False
@@ -275,7 +275,6 @@ class Substitute:
     def __call__(self, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         import torch
 
-        self.calls += 1
         self.asked = True
         with torch.no_grad():
             values = list(self._change([parameter.detach() for parameter in parameters]))

@@ -21,6 +21,8 @@ from miles_plugins.patches.sglang import weights  # noqa: E402
 from miles_plugins.patches.slime import weight_update  # noqa: E402
 from tests.test_activation import plugins  # noqa: E402
 
+FULL = {"experts.1.a": 1, "norm": 1}
+
 
 class Scheme:
     """Stands in for CompressedTensorsWNA16MoE, whose kernels run on a GPU only."""
@@ -33,6 +35,7 @@ class Scheme:
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self.events.append("process")
+        layer.workspace = torch.zeros(4)  # as Marlin's, which is anew each time
 
 
 class Model(torch.nn.Module):  # type: ignore[misc]
@@ -46,7 +49,10 @@ class Model(torch.nn.Module):  # type: ignore[misc]
 
     def load_weights(self, weights: Any) -> None:
         self.events.append("load")
-        self.loaded.update(weights)
+        given = dict(weights)
+        if "too large" in given:
+            raise MemoryError("no memory left")
+        self.loaded.update(given)
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def model(events: list[str], monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setattr(weights, "current", lambda: layer)
     monkeypatch.setattr(weights, "_scheduler", Namespace(server_args=None))
     monkeypatch.setattr(weights, "has_update_sessions", lambda: False)
-    monkeypatch.setattr(weights, "_of_all_ranks", lambda failure: [failure] if failure else [])
+    monkeypatch.setattr(weights, "_of_all_ranks", lambda mine: [mine])
     monkeypatch.setattr(weights, "_on_its_device", nullcontext)
     return weights.receive_through_plugins(lambda: Model(events))  # type: ignore[no-any-return]
 
@@ -106,6 +112,45 @@ def test_a_partial_update_is_not_packed_and_no_other_may_follow(model: Model, ev
         act(model, BEGIN)
 
 
+def test_what_could_not_be_loaded_has_not_come(model: Model, events: list[str]) -> None:
+    act(model, BEGIN)
+    model.load_weights([("a", torch.zeros(1))])
+    with pytest.raises(MemoryError):  # SGLang answers this with a text, which slime hears of the first rank only
+        model.load_weights([("b", torch.zeros(1)), ("too large", torch.zeros(1))])
+    with pytest.raises(PluginError, match=r"could not be loaded(?s:.*)MemoryError: no memory left"):
+        act(model, END)
+    assert "process" not in events
+
+
+def test_what_cuda_graphs_have_captured_stays_where_it_is(model: Model) -> None:
+    captured = model.experts.workspace = torch.ones(4)
+    act(model, BEGIN)
+    model.load_weights([("a", torch.zeros(1)), ("b", torch.zeros(1))])
+    act(model, END)
+    assert model.experts.workspace is captured
+    assert captured.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("mine", "complaint"),
+    [
+        ({"experts.0.a": 1, "experts.1.a": 1, "norm": 1}, None),  # of four experts, the first two
+        (dict.fromkeys(("experts.0.a", "experts.1.a", "experts.2.a", "experts.3.a", "norm"), 1), None),
+        ({"experts.0.a": 1, "norm": 1}, "such as model.experts.1.a"),
+        ({"experts.0.a": 1, "experts.1.a": 1}, "such as model.norm"),
+    ],
+)
+def test_a_rank_needs_its_own_experts_only(mine: dict[str, int], complaint: str | None) -> None:
+    model = torch.nn.Module()
+    model.moe_ep_size, model.moe_ep_rank = 2, 0
+    other = {"experts.2.a": 1, "experts.3.a": 1, "norm": 1}
+    own, every = (
+        {f"model.{name}": times for name, times in each.items()} for each in (mine, {**other, **mine, **FULL})
+    )
+    with pytest.raises(PluginError, match=complaint) if complaint else nullcontext():
+        weights._require_own(model, own, every)
+
+
 def test_an_end_without_a_beginning_is_an_error(model: Model) -> None:
     with pytest.raises(PluginError, match="did not begin"):
         act(model, END)
@@ -135,7 +180,7 @@ def test_a_model_that_came_past_the_loader_is_refused(events: list[str]) -> None
 
 
 def test_a_failure_of_another_rank_is_one_here(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_of_all_ranks", lambda failure: ["rank 1: weights are missing"])
+    monkeypatch.setattr(weights, "_of_all_ranks", lambda mine: [mine, (None, "rank 1: weights are missing")])
     with pytest.raises(PluginError, match="1 other rank"):
         act(model, BEGIN)
 

@@ -117,7 +117,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(folder: Path, **others: Any) -> Namespace:
     return Namespace(
         hf_checkpoint=str(folder),
-        num_layers=2,
         **{
             "int4_modules": ["experts"],
             "int4_grid": "stock",
@@ -162,26 +161,77 @@ def test_half_of_a_packed_weight_is_refused() -> None:
 def test_an_update_must_bring_each_packed_weight_once(change: Any, problem: str) -> None:
     wanted = ["b.weight_packed", "b.weight_scale"]
     names = dict.fromkeys(wanted, 1)
-    refusals.check_received(wanted, names)
+    refusals.check_received(wanted, [], names)
     change(names)
     with pytest.raises(PluginError, match=rf"{problem} .*1, such as"):
-        refusals.check_received(wanted, names)
+        refusals.check_received(wanted, [], names)
 
 
-def test_the_engine_holds_an_update_to_its_own_checkpoint(checkpoint: Path) -> None:
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a scheduler that has not loaded a model."""
+    monkeypatch.setattr(plugin, "_packed_at_engine", None)
+
+
+def packed_names(folder: Path) -> dict[str, int]:
+    return {f"{module}.weight_{part}": 1 for module in packed_modules(folder) for part in ("packed", "scale")}
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_engine_holds_an_update_to_the_checkpoint_that_it_began_with(checkpoint: Path, tmp_path: Path) -> None:
     server = Namespace(model_path=str(checkpoint))
-    names = {f"{module}.weight_{part}": 1 for module in packed_modules(checkpoint) for part in ("packed", "scale")}
+    plugin.receive_weights(server, iter([]))
+    server.model_path = str(tmp_path / "weights_v000001")  # so does SGLang for an update on disk, which slime deletes
+    names = packed_names(checkpoint)
     plugin.after_weight_update(server_args=server, received=names)
     names.popitem()
     with pytest.raises(PluginError, match="does not resume"):
         plugin.after_weight_update(server_args=server, received=names)
 
 
+@pytest.mark.usefixtures("engine")
+def test_a_packed_draft_may_come_and_may_stay_away(checkpoint: Path, tmp_path: Path) -> None:
+    """GLM's and DeepSeek's checkpoints have it as a layer after the last; not every trainer has it."""
+    folder = changed(checkpoint, tmp_path / "model", lambda config: config.update(num_hidden_layers=1))
+    server = Namespace(model_path=str(folder))
+    plugin.receive_weights(server, iter([]))
+    names = packed_names(folder)
+    policy = {name: times for name, times in names.items() if ".layers.0." in name}
+    assert 0 < len(policy) < len(names)
+    for received in (names, policy):
+        plugin.after_weight_update(server_args=server, received=received)
+    policy.popitem()
+    with pytest.raises(PluginError, match="does not resume"):
+        plugin.after_weight_update(server_args=server, received=policy)
+
+
+SERVER = {"json_model_override_args": "{}", "tp_size": 1, "ep_size": 1, "pp_size": 1, "moe_runner_backend": "auto"}
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"pp_size": 2}, "pp_size"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm"),
+        ({"moe_runner_backend": "triton"}, "moe_runner_backend"),
+        ({"tp_size": 2}, "without a word"),
+    ],
+)
+def test_an_engine_with_arguments_of_its_own_is_held_to_the_same(
+    checkpoint: Path, changes: dict[str, Any], named: str
+) -> None:
+    """As --sglang-config gives one, past the flags that the driver sees."""
+    server = Namespace(model_path=str(checkpoint), **{**SERVER, **changes})
+    with pytest.raises(ArgumentError, match=named):
+        plugin.receive_weights(server, iter([]))
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
 def check(args: Namespace) -> None:
-    refusals.check(args, selection.read(Path(args.hf_checkpoint), args.num_layers))
+    refusals.check(args, selection.read(Path(args.hf_checkpoint)))
 
 
 def test_a_checkpoint_that_fits_is_taken(checkpoint: Path) -> None:
@@ -203,6 +253,7 @@ def test_a_checkpoint_that_fits_is_taken(checkpoint: Path) -> None:
         ({"enable_cuda_graph": True}, "--enable-cuda-graph"),
         ({"external_cuda_graph": True}, "--external-cuda-graph"),
         ({"update_weight_mode": "delta"}, "--update-weight-mode"),
+        ({"megatron_to_hf_mode": "bridge"}, "--megatron-to-hf-mode"),
         ({"sglang_device": None, "sglang_moe_runner_backend": "triton"}, "--sglang-moe-runner-backend"),
         ({"int4_modules": ["experts", "mlp"]}, "--int4-modules"),
     ],
@@ -224,10 +275,11 @@ def test_sglang_on_the_cpu_is_told_nothing_of_the_format(checkpoint: Path) -> No
     assert json.loads(args.sglang_json_model_override_args) == {"rope_theta": 5, "quantization_config": None}
 
 
+@pytest.mark.usefixtures("engine")
 def test_sglang_with_the_kernel_gets_the_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "_dequantized", 0)
     parts = [("a.weight_packed", torch.zeros(2, 4, dtype=torch.int32)), ("b.weight", torch.zeros(2))]
-    server = Namespace(json_model_override_args="{}")
+    server = Namespace(json_model_override_args='{"quantization_config": {"of": "the user"}}')
     assert list(plugin.receive_weights(server, iter(parts))) == parts  # type: ignore[arg-type]
     assert "loaded packed" in str(plugin.probe("sglang_scheduler"))
 
@@ -240,6 +292,15 @@ def test_groups_on_two_ranks_are_refused(checkpoint: Path) -> None:
 def test_marlin_would_take_these_groups_for_others(checkpoint: Path) -> None:
     with pytest.raises(ArgumentError, match=r"(?s)without a word.*multiple of 64"):
         check(arguments(checkpoint, sglang_device=None, rollout_num_gpus_per_engine=1))
+
+
+def test_groups_that_the_engines_kernel_does_not_have_are_refused_for_it(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model")
+    folder = tmp_path / "small"
+    convert_to_int4(tmp_path / "model", folder, Grid(8))
+    check(arguments(folder))
+    with pytest.raises(ArgumentError, match=r"--hf-checkpoint.*groups of 8, and SGLang's kernel only 32, 64, 128"):
+        check(arguments(folder, sglang_device=None))
 
 
 def test_a_checkpoint_that_is_not_int4_is_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -266,7 +327,7 @@ def weights_of(config: dict[str, Any]) -> dict[str, Any]:
     [
         (lambda config: weights_of(config).update(symmetric=False), "symmetric"),
         (lambda config: weights_of(config).update(group_size=16), "declared.*group_size 16"),
-        (lambda config: config.update(text_config={"quantization_config": config.pop("quantization_config")}), "top"),
+        (lambda config: config.update(text_config={**config}, quantization_config=None), "top"),
     ],
 )
 def test_a_checkpoint_that_says_something_else_than_it_holds(

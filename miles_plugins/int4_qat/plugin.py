@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_plugins import Linear, PluginError, hookimpl
 from miles_plugins.int4_qat import refusals, selection
-from miles_plugins.int4_qat.checkpoint import PACKED, SCALE, SHAPE, packed_modules
+from miles_plugins.int4_qat.checkpoint import CONFIG, PACKED, SCALE, SHAPE, packed_modules
 from miles_plugins.int4_qat.converter import MODULES, convert_to_int4
 from miles_plugins.int4_qat.grid import Grid
 from miles_plugins.int4_qat.packed import Packed, dequantise, pack
@@ -39,7 +39,8 @@ _role = ""
 _complete = False  # whether every layer that must be quantized was found
 _arrived = 0  # packed weights that came to the engine, in updates too
 _dequantized = 0  # of them, at one without an INT4 kernel
-_packs_at_engine: frozenset[str] | None = None
+_packed_at_engine: frozenset[str] | None = None  # modules, of the checkpoint that this engine began with
+_layers_at_engine = 0
 
 
 # -- the driver ------------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def register_arguments(parser: ArgumentParser) -> None:
 
 @hookimpl
 def configure(args: Namespace) -> None:
-    refusals.check(args, selection.read(Path(args.hf_checkpoint), args.num_layers))
+    refusals.check(args, selection.read(Path(args.hf_checkpoint)))
     if getattr(args, "sglang_device", None) == "cpu":
         # SGLang has no INT4 kernel there: without the format it builds plain layers, and `receive_weights` fills them.
         given = json.loads(args.sglang_json_model_override_args or "{}")
@@ -135,7 +136,7 @@ def _require_bfloat16(linear: Linear, weights: Sequence[torch.Tensor]) -> None:
 def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
     global _selection, _grid, _natural, _role, _complete
     refusals.check_trainer(args)
-    _selection = selection.read(Path(args.hf_checkpoint), args.num_layers)
+    _selection = selection.read(Path(args.hf_checkpoint))
     _grid = _selection.format.grid(args.int4_grid)
     _natural = frozenset(OTHER_PASSES[name] for name in OTHER_PASSES.keys() - set(args.int4_other_passes))
     _role, _complete = role, False
@@ -182,13 +183,12 @@ def _forget() -> None:
 def _require_all(model: Sequence[Any]) -> None:
     """Raise unless every layer of this rank that the checkpoint packs computes with quantized weights."""
     assert _selection is not None
-    local = selection.local_layers(model)
-    absent = selection.missing(_selection, local, _places)
-    if absent or not local:
+    absent = selection.missing(_selection, selection.local_layers(model), _places)
+    if absent:
         raise PluginError(
             "layers that the checkpoint packs have no linear layers in the trainer that could be quantized",
             {
-                "layers": ", ".join(f"{layer} ({kind})" for layer, kind in absent[:8]) or "no transformer layer at all",
+                "layers": ", ".join(f"{layer} ({kind})" for layer, kind in absent[:8]),
                 "quantized": f"{sum(_places.values())} weights in {len(_places)} places",
             },
             "a model provider with layers of its own must use Megatron's or TransformerEngine's linear layers",
@@ -207,7 +207,7 @@ def take_weight_quantization(quantization: Mapping[str, Any]) -> bool | None:
 def export_weights(
     args: Namespace, named_tensors: Sequence[tuple[str, torch.Tensor]]
 ) -> Sequence[tuple[str, torch.Tensor]]:
-    chosen = _selection or selection.read(Path(args.hf_checkpoint), args.num_layers)
+    chosen = _selection or selection.read(Path(args.hf_checkpoint))
     grid = chosen.format.grid(args.int4_grid)
     return [pair for name, tensor in named_tensors for pair in _exported(name, tensor, chosen, grid)]
 
@@ -234,13 +234,27 @@ def _exported(name: str, tensor: torch.Tensor, chosen: Selection, grid: Grid) ->
 def receive_weights(
     server_args: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterable[tuple[str, torch.Tensor]] | None:
-    return _counted(named_tensors) if _has_int4_kernel(server_args) else _unpacked(named_tensors)
+    kernel = _has_int4_kernel(server_args)
+    if _packed_at_engine is None:
+        _read_checkpoint(server_args, kernel)
+    return _counted(named_tensors) if kernel else _unpacked(named_tensors)
+
+
+def _read_checkpoint(server_args: Any, kernel: bool) -> None:
+    """What an update must bring. Before the first weights: `model_path` becomes the folder of an update on disk."""
+    global _packed_at_engine, _layers_at_engine
+    folder = Path(getattr(server_args, "model_path", None) or "")
+    _packed_at_engine = packed_modules(folder) if (folder / CONFIG).is_file() else frozenset()
+    if _packed_at_engine:
+        _layers_at_engine = selection.number_of_layers(folder)
+        if kernel:
+            refusals.check_engine(server_args, _packed_at_engine)
 
 
 def _has_int4_kernel(server_args: Any) -> bool:
     """Not so in SGLang on the CPU (see `configure`) and in the embedded host, whose engine is transformers' model."""
     overrides = getattr(server_args, "json_model_override_args", None)
-    return overrides is not None and "quantization_config" not in json.loads(overrides)
+    return overrides is not None and json.loads(overrides or "{}").get("quantization_config", "its own") is not None
 
 
 def _counted(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -279,11 +293,13 @@ def _unpacked(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
 
 @hookimpl
 def after_weight_update(server_args: Any, received: Mapping[str, int]) -> None:
-    global _packs_at_engine
-    if _packs_at_engine is None:
-        _packs_at_engine = packed_modules(Path(server_args.model_path))
-    wanted = {module + end for module in _packs_at_engine for end in (PACKED, SCALE)}
-    refusals.check_received(wanted, received)
+    assert _packed_at_engine is not None  # no model without weights
+    wanted = selection.without_drafts(_packed_at_engine, _layers_at_engine)
+    refusals.check_received(_tensors(wanted), _tensors(_packed_at_engine - wanted), received)
+
+
+def _tensors(modules: Iterable[str]) -> set[str]:
+    return {module + end for module in modules for end in (PACKED, SCALE)}
 
 
 # -- every process ---------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import os
 from argparse import Namespace
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from miles_plugins import ArgumentError, PluginError
-from miles_plugins.int4_qat.checkpoint import CONFIG, CONVERT, PACKED, read_header, read_json, weight_map
-from miles_plugins.int4_qat.memory import MARLIN_K
+from miles_plugins.int4_qat.checkpoint import CONFIG, CONVERT, PACKED, read_format, read_header, read_json, weight_map
+from miles_plugins.int4_qat.memory import GROUP_SIZES, MARLIN_K
 from miles_plugins.int4_qat.selection import Selection
 
 HOOK = "OPEN_TRAINING_INT4_FAKE_QAT_FLAG"
@@ -63,6 +64,10 @@ def _reasons(args: Namespace) -> dict[str, str | None]:
         "--cuda-graph-impl": when(given("cuda_graph_impl") not in (None, "none"), CAPTURED),
         "--enable-cuda-graph": when(given("enable_cuda_graph"), CAPTURED),
         "--external-cuda-graph": when(given("external_cuda_graph"), CAPTURED),
+        "--megatron-to-hf-mode": when(
+            given("megatron_to_hf_mode") == "bridge",
+            "bridge: its colocated weight sync packs by slime's own rules, past the plugins; take raw",
+        ),
         "--update-weight-mode": when(
             given("update_weight_mode") == "delta", "an engine's packed weights can only be replaced as a whole"
         ),
@@ -82,7 +87,7 @@ def _reasons(args: Namespace) -> dict[str, str | None]:
 
 def _checkpoint(args: Namespace, selection: Selection) -> dict[str, str | None]:
     wanted, found = set(args.int4_modules), selection.kinds
-    dense = sorted(found - {"experts"})
+    dense, size = sorted(found - {"experts"}), selection.format.group_size
     differ = f"the checkpoint packs {', '.join(sorted(found))}, and the flag says {', '.join(sorted(wanted))}"
     at_top = read_json(Path(args.hf_checkpoint) / CONFIG).get("quantization_config") is not None
     return {
@@ -90,8 +95,12 @@ def _checkpoint(args: Namespace, selection: Selection) -> dict[str, str | None]:
         "--hf-checkpoint": "quantization_config is in text_config only, where slime does not look: copy it to the top "
         f"of {CONFIG}"
         if not at_top
+        else None
+        if _on_cpu(args)
         else f"packs {', '.join(dense)}: SGLang cannot give its dense INT4 layers new weights; pack experts only"
-        if dense and not _on_cpu(args)
+        if dense
+        else f"has groups of {size}, and SGLang's kernel only {', '.join(map(str, sorted(GROUP_SIZES)))}: {CONVERT}"
+        if size not in GROUP_SIZES
         else None,
     }
 
@@ -108,16 +117,11 @@ def _pipeline_stages(args: Namespace) -> int:
 
 def _require_whole_groups(args: Namespace, selection: Selection) -> None:
     """Raise for a layout in which a group would lie on two GPUs, or Marlin take several groups for one."""
-    if not selection.kinds & {"experts"}:
-        return
     folder, size = Path(args.hf_checkpoint), selection.format.group_size
-    files = weight_map(folder)
-    modules = sorted(module for module in selection.modules if ".experts." in module)
-    down = next((module for module in modules if module.endswith((".down_proj", ".w2"))), None)
-    up = next((module for module in modules if module.endswith((".up_proj", ".gate_proj", ".w1", ".w3"))), None)
-    if down is None or up is None:
+    experts = _expert_sizes(folder, selection.modules)
+    if experts is None:
         return
-    inner, hidden = (read_header(folder / files[each + PACKED])[each + PACKED].shape[-1] * 8 for each in (down, up))
+    down, inner, _ = experts
     trainer = int(getattr(args, "expert_tensor_parallel_size", None) or 1)
     if inner % (trainer * size):
         raise ArgumentError(
@@ -128,14 +132,37 @@ def _require_whole_groups(args: Namespace, selection: Selection) -> None:
     if _on_cpu(args):
         return
     gpus = int(getattr(args, "rollout_num_gpus_per_engine", None) or 1)
-    experts = int(getattr(args, "sglang_ep_size", None) or getattr(args, "sglang_expert_parallel_size", None) or 1)
-    tensor = max(gpus // _pipeline_stages(args) // experts, 1)
+    whole_experts = int(
+        getattr(args, "sglang_ep_size", None) or getattr(args, "sglang_expert_parallel_size", None) or 1
+    )
+    copies = int(getattr(args, "sglang_moe_dp_size", None) or 1)
+    _require_marlins_groups(experts, size, gpus // _pipeline_stages(args), whole_experts, copies)
+
+
+def _expert_sizes(folder: Path, packed: Collection[str]) -> tuple[str, int, int] | None:
+    """(name of a second weight, its K, the first weight's K) of the packed experts of a checkpoint."""
+    files = weight_map(folder)
+    modules = sorted(module for module in packed if ".experts." in module)
+    down = next((module for module in modules if module.endswith((".down_proj", ".w2"))), None)
+    up = next((module for module in modules if module.endswith((".up_proj", ".gate_proj", ".w1", ".w3"))), None)
+    if down is None or up is None:
+        return None
+    inner, hidden = (read_header(folder / files[each + PACKED])[each + PACKED].shape[-1] * 8 for each in (down, up))
+    return down, inner, hidden
+
+
+def _require_marlins_groups(
+    experts: tuple[str, int, int], size: int, gpus: int, whole_experts: int, copies: int
+) -> None:
+    """Raise where Marlin would take several groups for one, with so many GPUs, --ep-size and --moe-dp-size."""
+    down, inner, hidden = experts
+    tensor = max(gpus // whole_experts // copies, 1)
     whole = max(MARLIN_K, size)
     if inner % (tensor * whole) or hidden % 128:
         raise ArgumentError(
             f"SGLang's INT4 kernel would take the groups of {down} for others, and serve wrong experts without a word",
             {
-                "K on each GPU": f"{inner} / {tensor} (engine of {gpus} GPUs, {experts} of them by whole experts)",
+                "K on each GPU": f"{inner} / {tensor} ({gpus} GPUs an engine, {whole_experts} by whole experts)",
                 "expected": f"a multiple of {whole}",
                 "hidden size": hidden,
                 "its multiple": 128,
@@ -147,13 +174,45 @@ def _require_whole_groups(args: Namespace, selection: Selection) -> None:
 # -- the engine ------------------------------------------------------------------------------------------------------
 
 
-def check_received(wanted: Collection[str], received: Mapping[str, int]) -> None:
-    """Raise unless each packed tensor of the checkpoint, and no plain weight in its place, came once in an update."""
+def check_engine(server_args: Any, packed: Collection[str]) -> None:
+    """Raise where this engine itself, whose arguments --sglang-config may have changed, cannot work (scheduler)."""
+    backend = getattr(server_args, "moe_runner_backend", None)
+    stages, draft = getattr(server_args, "pp_size", 1), getattr(server_args, "speculative_algorithm", None)
+    reasons = {
+        "pp_size": f"{stages}: only the first pipeline stage answers whether an update succeeded"
+        if stages > 1
+        else None,
+        "speculative_algorithm": f"{draft}: which weights a draft model must have received is not known"
+        if draft
+        else None,
+        "moe_runner_backend": f"{backend}: only Marlin's INT4 experts can be given new weights"
+        if backend not in (None, "auto", "marlin")
+        else None,
+    }
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    if reasons:
+        raise ArgumentError("int4_qat cannot work with this engine", reasons, f"{ADVICE}; see --sglang-config as well")
+    folder = Path(server_args.model_path)
+    experts, format = _expert_sizes(folder, packed), read_format(read_json(folder / CONFIG))
+    if experts is not None and format is not None:
+        copies = getattr(server_args, "moe_dp_size", 1)
+        _require_marlins_groups(experts, format.group_size, server_args.tp_size, server_args.ep_size, copies)
+
+
+def check_received(wanted: Collection[str], allowed: Collection[str], received: Mapping[str, int]) -> None:
+    """Raise unless each packed tensor of the checkpoint, and no plain weight in its place, came once in an update.
+
+    Args:
+        wanted: names that must have come.
+        allowed: names besides that may: of a draft that not every trainer trains.
+        received: how often each name came.
+    """
+    known = {*wanted, *allowed}
     missing = sorted(name for name in wanted if name not in received)
-    twice = sorted(name for name, times in received.items() if times > 1 and name in wanted)
+    twice = sorted(name for name, times in received.items() if times > 1 and name in known)
     weights = [name for name in received if name.endswith(".weight")]
-    plain = sorted(name for name in weights if name.removesuffix(".weight") + PACKED in wanted)
-    strange = sorted(name for name in received if name.endswith(PACKED) and name not in wanted)
+    plain = sorted(name for name in weights if name.removesuffix(".weight") + PACKED in known)
+    strange = sorted(name for name in received if name.endswith(PACKED) and name not in known)
     if missing or twice or plain or strange:
         raise PluginError(
             "a weight update did not bring each INT4 weight of the checkpoint once; generation does not resume",

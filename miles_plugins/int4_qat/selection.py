@@ -23,6 +23,7 @@ from miles_plugins.int4_qat.checkpoint import (
     weight_map,
 )
 from miles_plugins.int4_qat.converter import MODULES
+from miles_plugins.int4_qat.memory import text_config
 
 Place = tuple[str, str]
 """A transformer layer ("3"; "mtp 0" for a multi-token prediction block) and what in it ("experts", …)."""
@@ -58,8 +59,8 @@ class Selection:
         return place(linear) in self.places
 
 
-def read(folder: Path, layers: int) -> Selection:
-    """The selection of a checkpoint of a model with so many layers, multi-token prediction not counted.
+def read(folder: Path) -> Selection:
+    """The selection of a checkpoint.
 
     Raises:
         ArgumentError: it is no INT4 checkpoint, or packs something that the trainer cannot.
@@ -83,10 +84,28 @@ def read(folder: Path, layers: int) -> Selection:
             {"in": folder, "modules": f"{len(strange)}, such as {strange[0]}", "known": ", ".join(MODULES)},
             CONVERT,
         )
+    layers = number_of_layers(folder)
     places = frozenset((_layer_of(module, layers), str(kind)) for module, kind in kinds.items())
     _require_whole(folder, modules)
     _require_scales(folder, modules, format)
     return Selection(format, modules, places)
+
+
+def number_of_layers(folder: Path) -> int:
+    """Of the model of a checkpoint; those of multi-token prediction, which some models number on, are not counted."""
+    found = text_config(read_json(folder / CONFIG)).get("num_hidden_layers")
+    if type(found) is not int:
+        raise ArgumentError(
+            "the checkpoint does not say how many layers its model has",
+            {"in": folder / CONFIG, "num_hidden_layers": found, "expected": "a number"},
+            "add it, as in the config.json of the model's publisher",
+        )
+    return found
+
+
+def without_drafts(modules: Iterable[str], layers: int) -> frozenset[str]:
+    """The modules that are no part of multi-token prediction, which not every engine and trainer has."""
+    return frozenset(module for module in modules if not _layer_of(module, layers).startswith("mtp"))
 
 
 def _kind(module: str) -> str | None:

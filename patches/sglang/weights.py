@@ -9,9 +9,10 @@ one update brings is known only to who sends it, so the engine's actor says wher
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins.activation import current
@@ -35,12 +36,17 @@ class Reception:
     def __init__(self, load_weights: Callable[..., Any]) -> None:
         self._load_weights = load_weights
         self.received: Counter[str] = Counter()
+        self.failed: str | None = None  # SGLang turns this into an answer, which slime hears of the first rank only
         self.updating = False
         self.restored: list[tuple[Any, Any]] = []  # layers whose packed weights wait for `process`, and who does that
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         given = receive(current().plugins, _scheduler.server_args, self._counted(weights))
-        return self._load_weights(given, *args, **kwargs)
+        try:
+            return self._load_weights(given, *args, **kwargs)
+        except BaseException as error:
+            self.failed = f"{type(error).__name__}: {error}"
+            raise
 
     def _counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
@@ -77,6 +83,7 @@ def begin_update(model: Any) -> None:
             "look for the first error in the logs of the trainers and engines, and go on from the last checkpoint",
         )
     reception.received.clear()
+    reception.failed = None
     reception.updating = True
     # An SGLang with update sessions has restored them itself.
     reception.restored = [] if has_update_sessions() else list(_packed_layers(model))
@@ -84,11 +91,11 @@ def begin_update(model: Any) -> None:
         method.restore_weights_before_loading(layer)
 
 
-def end_update(model: Any) -> None:
-    """Let the plugins judge what has come, and pack it again for the kernels.
+def received(model: Any) -> Counter[str]:
+    """How often each name came in the update that ends.
 
     Raises:
-        PluginError: no update had begun, or a plugin misses something. The layers then stay unpacked.
+        PluginError: no update had begun, or a part of it could not be loaded.
     """
     reception = _reception(model)
     if not reception.updating:
@@ -97,12 +104,54 @@ def end_update(model: Any) -> None:
             {},
             "the server was restarted during an update; go on from the last checkpoint",
         )
-    current().hook.after_weight_update(server_args=_scheduler.server_args, received=dict(reception.received))
+    if reception.failed is not None:
+        raise PluginError(
+            "a part of a weight update could not be loaded",
+            {"found": reception.failed},
+            "look for the first error in this engine's log, and go on from the last checkpoint",
+        )
+    return reception.received
+
+
+def end_update(model: Any, of_ranks: Sequence[Mapping[str, int]]) -> None:
+    """Let the plugins judge what has come to all ranks, and pack it again for the kernels.
+
+    Raises:
+        PluginError: this rank or a plugin misses something. The layers then stay unpacked.
+    """
+    reception = _reception(model)
+    every: Counter[str] = Counter()
+    for names in of_ranks:
+        every |= Counter(names)  # the larger of both counts
+    _require_own(model, reception.received, every)
+    current().hook.after_weight_update(server_args=_scheduler.server_args, received=dict(every))
     for layer, method in reception.restored:
-        with _on_its_device(layer):
+        with _on_its_device(layer), _in_the_same_memory(layer):
             method.process_weights_after_loading(layer)
     reception.restored = []
     reception.updating = False
+
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+def _require_own(model: Any, own: Mapping[str, int], every: Mapping[str, int]) -> None:
+    """Raise unless this rank got what others did, except for their experts: slime may send each rank only its own."""
+    size, rank = next(
+        ((each.moe_ep_size, each.moe_ep_rank) for each in model.modules() if hasattr(each, "moe_ep_rank")), (1, 0)
+    )
+    numbers = {name: int(found[1]) for name in every if (found := _EXPERT.search(name))}
+    experts = max(numbers.values(), default=0) + 1
+
+    def elsewhere(name: str) -> bool:
+        return name in numbers and numbers[name] * size // experts != rank
+
+    if missing := sorted(name for name in every if name not in own and not elsewhere(name)):
+        raise PluginError(
+            "a weight update did not bring this rank what it brought others",
+            {"missing": f"{len(missing)}, such as {missing[0]}", "experts of this rank": f"part {rank + 1} of {size}"},
+            "look for the first error in this engine's log, and go on from the last checkpoint",
+        )
 
 
 def _reception(model: Any) -> Reception:
@@ -136,37 +185,59 @@ def _on_its_device(layer: Any) -> AbstractContextManager[Any]:
     return device_loading_context(layer, next(layer.parameters()).device)
 
 
-_ACTIONS = {BEGIN: begin_update, END: end_update}
+@contextmanager
+def _in_the_same_memory(layer: Any) -> Iterator[None]:
+    """CUDA graphs go on using the tensors they were captured with; Marlin's workspace, for one, is made anew."""
+    import torch
+
+    places = (layer._parameters, layer._buffers, layer.__dict__)
+    before = [(place, name, each) for place in places for name, each in place.items() if torch.is_tensor(each)]
+    yield
+    for place, name, old in before:
+        new = place.get(name)
+        if torch.is_tensor(new) and new is not old and (new.shape, new.dtype) == (old.shape, old.dtype):
+            old.data.copy_(new.data)
+            place[name] = old
 
 
 def handle(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     action = str(kwargs.get("action"))  # by position SGLang itself would refuse ours
-    if action not in _ACTIONS:
+    if action == BEGIN:
+        _on_all_ranks(action, lambda: begin_update(model_of(self)))
+    elif action == END:
+        of_ranks = _on_all_ranks(action, lambda: dict(received(model_of(self))))
+        _on_all_ranks(action, lambda: end_update(model_of(self), of_ranks))
+    else:
         return original(self, *args, **kwargs)
-    error: Exception | None = None
-    try:
-        _ACTIONS[action](model_of(self))
-    except Exception as found:
-        error = found
-    failures = _of_all_ranks(None if error is None else str(error))  # only the first rank answers the request
-    if error is not None:
-        logger.error("%s", error)
-        raise error
-    if failures:
-        raise PluginError(f"{action} failed on {len(failures)} other rank(s): {failures[0]}")
     return None
 
 
-def _of_all_ranks(failure: str | None) -> list[str]:
-    """The failures of this engine's tensor-parallel ranks."""
+def _on_all_ranks(action: str, step: Callable[[], Any]) -> list[Any]:
+    """What a step gave on each rank of this engine. Where it raised on one, all raise: only the first one is heard."""
+    result, error = None, None
+    try:
+        result = step()
+    except Exception as found:
+        error = found
+    of_ranks = _of_all_ranks((result, None if error is None else str(error)))
+    if error is not None:
+        logger.error("%s", error)
+        raise error
+    if failures := [failure for _, failure in of_ranks if failure]:
+        raise PluginError(f"{action} failed on {len(failures)} other rank(s): {failures[0]}")
+    return [result for result, _ in of_ranks]
+
+
+def _of_all_ranks(mine: Any) -> list[Any]:
+    """The same of each of this engine's tensor-parallel ranks."""
     import torch.distributed
     from sglang.srt.distributed.parallel_state import get_tp_group
 
     if not torch.distributed.is_initialized() or get_tp_group().world_size == 1:
-        return [failure] if failure else []
-    every: list[str | None] = [None] * get_tp_group().world_size
-    torch.distributed.all_gather_object(every, failure, group=get_tp_group().cpu_group)
-    return [each for each in every if each]
+        return [mine]
+    every = [None] * get_tp_group().world_size
+    torch.distributed.all_gather_object(every, mine, group=get_tp_group().cpu_group)
+    return every
 
 
 _CHECKER = "sglang.srt.utils.weight_checker:WeightChecker.handle"
@@ -198,7 +269,7 @@ SEAMS = (
                 "sglang.srt.managers.scheduler:Scheduler.__init__",
                 remember_scheduler,
                 "the code that loads a model is not given the server's arguments",
-                "load_weights is",
+                "SGLang gives load_weights the server's arguments",
             ),
             _patch(
                 "receive",

@@ -1,7 +1,8 @@
 """slime's weight sync: what leaves the trainer for the engines.
 
 Every path of slime's weights (colocated, nccl, whole and changed checkpoints on disk, `--save-hf`) calls
-`convert_to_hf` once a Megatron parameter, and bundles what it returns after that.
+`convert_to_hf` once a Megatron parameter, and bundles what it returns after that. The exception is
+`--megatron-to-hf-mode bridge`, colocated, of slime v0.3.0 and older: int4_qat refuses it.
 """
 
 from __future__ import annotations
