@@ -49,7 +49,12 @@ def convert_int4(source: Path, target: Path, group_size: str, modules: Sequence[
     )
     click.echo(f"{done.weights} weights packed in groups of {grid.group_size}: {', '.join(chosen)}")
     click.echo(_sizes(done, done.bytes_before / done.bytes_after, "smaller"))
-    click.echo(f"next: train on it, `slime-train --plugins int4 --hf-checkpoint {target} …`, or serve it with SGLang")
+    flags = ["--plugins int4", f"--hf-checkpoint {target}"]
+    if snapped:
+        flags.append("--int4-grid snapped")
+    if chosen != ["experts"]:
+        flags.append(f"--int4-modules {' '.join(chosen)}")
+    click.echo(f"next: train on it, `slime-train {' '.join(flags)} …`, or serve it with SGLang")
 
 
 @click.command("convert-bf16")

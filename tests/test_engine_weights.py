@@ -6,6 +6,12 @@ rehearsal in test_upstream.
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import re
+import socket
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -183,6 +189,82 @@ def test_a_failure_of_another_rank_is_one_here(model: Model, monkeypatch: pytest
     monkeypatch.setattr(weights, "_of_all_ranks", lambda mine: [mine, (None, "rank 1: weights are missing")])
     with pytest.raises(PluginError, match="1 other rank"):
         act(model, BEGIN)
+
+
+RANK = """
+import json, sys
+from argparse import Namespace
+import torch
+library = torch.library.Library("torchvision", "DEF")  # its CUDA build does not import without a GPU
+library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+from sglang.srt.distributed import parallel_state
+from miles_plugins.compat.sglang_weights import BEGIN, END
+from miles_plugins.patches.sglang import weights
+from tests.test_activation import plugins
+
+rank, port, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+address = f"tcp://127.0.0.1:{port}"
+parallel_state.init_distributed_environment(
+    backend="gloo", world_size=2, rank=rank, local_rank=rank, distributed_init_method=address)
+parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, backend="gloo")
+
+class Model(torch.nn.Module):
+    def load_weights(self, named):
+        names = dict(named)
+        if case == "fails" and rank == 1:
+            raise MemoryError("no memory left")
+
+judged = []
+given = plugins(after_weight_update=lambda received: judged.append(received))
+weights.current = lambda: Namespace(plugins=given, hook=given.hook)
+weights._scheduler = Namespace(server_args=None)
+model = weights.receive_through_plugins(Model)
+act = lambda action: weights.handle(None, Namespace(_get_model=lambda: model), action=action)
+error = None
+try:
+    act(BEGIN)
+    names = ["a"] if case == "misses" and rank == 1 else ["a", "b"]
+    try:
+        model.load_weights([(name, torch.zeros(1)) for name in names])
+    except MemoryError:
+        pass  # so does SGLang: it answers with a text
+    act(END)
+except Exception as found:
+    error = str(found)
+print(json.dumps([error, judged]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "first", "second"),
+    [
+        ("comes", None, None),
+        ("fails", "failed on 1 other rank.*no memory left", "no memory left"),
+        ("misses", "failed on 1 other rank.*did not bring this rank", "missing.*such as b"),
+    ],
+)
+def test_two_ranks_of_sglang_agree_on_whether_an_update_succeeded(case: str, first: str, second: str) -> None:
+    if importlib.util.find_spec("sglang") is None:
+        pytest.skip("needs SGLang (CONTRIBUTING.md)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    commands = [[sys.executable, "-W", "ignore", "-c", RANK, str(rank), port, case] for rank in (0, 1)]
+    processes = [subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for each in commands]
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    for (stdout, _), expected in zip(outputs, (first, second), strict=True):
+        error, judged = json.loads(stdout.splitlines()[-1])
+        if expected is None:
+            assert error is None
+            assert judged == [{"a": 1, "b": 1}]
+        else:
+            assert re.search(expected, error, re.DOTALL)
 
 
 def test_sglangs_own_actions_stay_its_own() -> None:

@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -591,9 +591,8 @@ def test_the_commands_convert_there_and_back(bf16: Path, tmp_path: Path) -> None
     assert lines[0] == f"{count} weights packed in groups of 32: experts, mlp, attention"
     assert "GB before" in lines[1]
     assert "times smaller" in lines[1]
-    assert lines[2].startswith(
-        f"next: serve it with SGLang, --model-path {tmp_path / 'int4'}; nothing trains on it yet"
-    )
+    flags = f"--hf-checkpoint {tmp_path / 'int4'} --int4-grid snapped --int4-modules experts mlp attention"
+    assert lines[2] == f"next: train on it, `slime-train --plugins int4 {flags} …`, or serve it with SGLang"
     assert packed_modules(tmp_path / "int4") == {*EXPERTS, *DENSE, *ATTENTION}
     assert json.loads((tmp_path / "int4" / RECORD).read_text())["kind"] == "snapped"
     done = run(command.convert_bf16, ["--from", str(tmp_path / "int4"), "--to", str(tmp_path / "back")])
@@ -621,6 +620,15 @@ def test_a_command_says_what_is_wrong(bf16: Path, tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """To Ctrl-C: what a shell starts in the background ignores it, and its children do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_command_says_how_it_goes_on(
     bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
