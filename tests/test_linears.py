@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -115,6 +119,54 @@ def test_what_the_layer_added_to_main_grad_is_neither_added_again_nor_followed_b
         module(x).sum().backward()
     assert seen == [True] * 4
     assert torch.allclose(module.weight0.main_grad, 2 * torch.ones(5, 3).t() @ x)
+
+
+DDP = """
+import json, sys
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer import TransformerConfig
+from miles_plugins.linears import attach, linear_layers
+from tests.test_linears import StandInGroupedLinear, double
+
+torch.cuda.current_device = lambda: "cpu"  # where Megatron allocates gradients
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+parallel_state.initialize_model_parallel()
+
+def gradients(overlap, fuse):
+    layer = StandInGroupedLinear(fuse=fuse)
+    model = torch.nn.ModuleDict({"linear_fc1": layer})
+    model.forward = lambda x: layer(x).sum()
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, gradient_accumulation_fusion=fuse)
+    ddp = DistributedDataParallel(
+        config, DistributedDataParallelConfig(overlap_grad_reduce=overlap, bucket_size=1), model)
+    (linear,) = linear_layers([model])
+    attach(linear, double, "some_plugin")
+    for step in (1, 2):  # the first one counts which gradients come
+        ddp.zero_grad_buffer()
+        x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(step))
+        with ddp.no_sync():
+            ddp(x[0]).backward()
+        ddp(x[1]).backward()
+        assert (step == 1 or not overlap) or all(group.grad_reduce_handle for group in ddp.bucket_groups)
+        ddp.finish_grad_sync()
+    return [getattr(layer, name).main_grad.tolist() for name in ("weight0", "weight1")], x.sum((0, 1)).tolist()
+
+print(json.dumps([gradients(overlap, fuse) for overlap in (False, True) for fuse in (False, True)]))
+"""
+
+
+def test_megatrons_ddp_reduces_each_gradient_once(tmp_path: Path) -> None:
+    """With --overlap-grad-reduce it starts when autograd has given each parameter a gradient."""
+    command = [sys.executable, "-W", "ignore", "-c", DDP, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cases = json.loads(done.stdout.splitlines()[-1])
+    assert len(cases) == 4
+    for gradients, inputs in cases:
+        for gradient in gradients:
+            assert torch.allclose(torch.tensor(gradient), torch.tensor(inputs).expand(3, 4), atol=1e-5)
 
 
 def test_a_layer_whose_weight_gradient_comes_later_gets_no_placeholder() -> None:
