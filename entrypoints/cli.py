@@ -6,7 +6,9 @@ import sys
 
 import click
 
-from miles_plugins.entrypoints.convert_int4 import convert_bf16, convert_int4
+from miles_plugins.entrypoints.convert_bf16 import convert_bf16
+from miles_plugins.entrypoints.convert_fp8 import convert_fp8
+from miles_plugins.entrypoints.convert_int4 import convert_int4
 from miles_plugins.entrypoints.doctor import doctor
 from miles_plugins.entrypoints.explain import explain
 from miles_plugins.entrypoints.fingerprint import fingerprint
@@ -24,6 +26,7 @@ def main() -> None:
 
 
 main.add_command(convert_bf16)
+main.add_command(convert_fp8)
 main.add_command(convert_int4)
 main.add_command(doctor)
 main.add_command(explain)

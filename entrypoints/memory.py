@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from miles_plugins.checkpoints import text_config
 from miles_plugins.console import number, table
 from miles_plugins.entrypoints.patch_table import print_with
 from miles_plugins.errors import PluginError
@@ -28,7 +29,6 @@ from miles_plugins.int4_qat.memory import (
     components,
     int4,
     stage_bytes,
-    text_config,
     weight_bytes,
 )
 

@@ -67,6 +67,7 @@ class Rehearsal:
     rollouts: int = 3
     layers: int = 2
     dense_layers: int = 0
+    hidden_size: int = 64
     experts: int = 8
     topk: int = 2
     tensor_parallel: int = 1
@@ -159,6 +160,7 @@ def write_inputs(rehearsal: Rehearsal) -> list[str]:
         seed=rehearsal.seed,
         layers=rehearsal.layers,
         dense_layers=rehearsal.dense_layers,
+        hidden_size=rehearsal.hidden_size,
         experts=rehearsal.experts,
         topk=rehearsal.topk,
         tensor_parallel=rehearsal.tensor_parallel,
@@ -787,6 +789,13 @@ def _progress(rehearsal: Rehearsal, alive: Sequence[psutil.Process]) -> tuple[Ph
     show_default=True,
     help="The first so many layers have no experts; the model is then a GLM-4.5.",
 )
+@click.option(
+    "--hidden-size",
+    type=click.IntRange(min=32),
+    default=64,
+    show_default=True,
+    help="Of the model; its experts are half as wide.",
+)
 @click.option("--experts", type=click.IntRange(min=2), default=8, show_default=True, help="Experts of a layer.")
 @click.option("--topk", type=click.IntRange(min=2), default=2, show_default=True, help="Experts of a token.")
 @click.option("--tensor-parallel", type=click.IntRange(1, 2), default=1, show_default=True)
@@ -827,6 +836,7 @@ def rehearse(
     rollouts: int,
     layers: int,
     dense_layers: int,
+    hidden_size: int,
     experts: int,
     topk: int,
     tensor_parallel: int,
@@ -858,6 +868,7 @@ def rehearse(
         rollouts=rollouts,
         layers=layers,
         dense_layers=dense_layers,
+        hidden_size=hidden_size,
         experts=experts,
         topk=topk,
         tensor_parallel=tensor_parallel,

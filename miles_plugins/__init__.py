@@ -16,6 +16,7 @@ from miles_plugins.errors import (
     UpstreamError,
 )
 from miles_plugins.finding import Finding
+from miles_plugins.gathering import Encoding
 from miles_plugins.hookspecs import hookimpl
 from miles_plugins.linears import Linear, linear_layers
 from miles_plugins.microbatch import Microbatch, current_microbatch
@@ -24,6 +25,7 @@ from miles_plugins.packing import Packing, Rank, Schedule
 __all__ = [
     "ArgumentError",
     "AttestationError",
+    "Encoding",
     "Finding",
     "Linear",
     "Microbatch",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from miles_plugins.finding import Finding
+    from miles_plugins.gathering import Encoding
     from miles_plugins.linears import Linear
     from miles_plugins.microbatch import Microbatch
     from miles_plugins.packing import Rank, Schedule
@@ -114,6 +115,15 @@ def receive_engine_request(server_args: Any, request: Any) -> None:
     """One `/generate` request reached the SGLang server (sglang_server), before it is tokenized.
 
     `request` is SGLang's `GenerateReqInput`, of one prompt or of a batch; change it in place.
+    """
+
+
+@hookspec
+def engine_model_built(server_args: Any, model: torch.nn.Module) -> None:
+    """A model of the engine was built (sglang_scheduler, each rank); its weights come later.
+
+    `model` is SGLang's (the embedded host's: transformers'). Frozen models beside the trained one, and drafts, come
+    here too. `server_args` is SGLang's.
     """
 
 
@@ -230,6 +240,29 @@ def forward_weight(
 
 
 @hookspec
+def forward_linear(
+    args: Namespace, role: str, linear: Linear
+) -> Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[int]], torch.Tensor] | None:
+    """A linear layer exists (trainer), right after `model_built`: what shall its forward pass compute?
+
+    As `forward_weight`, for the whole product: return None to leave it, or a function of (x, weights, rows), called in
+    each forward pass. x is [M, K], detached, in the layer's dtype, gathered over sequence-parallel ranks; `weights` are
+    [N, K] each, this rank's; `rows[i]` rows of x, in order, belong to `weights[i]`. It returns [M, N] of x's dtype, to
+    which a bias is added. Gradients are those of x @ weight.T (straight through). It is an error when two plugins want
+    one layer, through this hook or `forward_weight`.
+    """
+
+
+@hookspec
+def weigh_expert_outputs(args: Namespace, role: str) -> bool | None:
+    """The experts of a model exist (trainer), right after `model_built`: shall their outputs be weighed?
+
+    Return True to have the router's probabilities multiplied with what the second linear layer of each expert gives, as
+    SGLang does. Megatron multiplies them with what that layer gets, where they change its quantization.
+    """
+
+
+@hookspec
 def receive_train_data(
     args: Namespace, rollout_data: dict[str, Any], rank: Rank, fetch: Callable[[Sequence[str]], list[Any]]
 ) -> None:
@@ -293,11 +326,55 @@ def select_experts(
     """
 
 
+@hookspec
+def training_log_probs(args: Namespace, batch: Mapping[str, Any], log_probs: Sequence[torch.Tensor]) -> None:
+    """The training forward pass of one microbatch gave each response token its log-probability (trainer).
+
+    Once a microbatch of an optimizer step, on the last pipeline stage, before the loss masks, clips or corrects
+    anything; not in other passes, not when the backward pass recomputes the loss, and not with a loss that needs no
+    log-probabilities (a critic's). Change nothing in place, and use no collectives.
+
+    `log_probs` holds one detached float32 tensor a sample: its response tokens on this rank. `batch` is slime's
+    microbatch: `rollout_log_probs` are the engine's, of the same tokens in the same order (absent or None where the
+    rollout has none); `loss_masks`, `unconcat_tokens`, `total_lengths` and `response_lengths` are those of whole
+    samples. With context parallelism a rank has the part of a response that `discrepancy.response_part` gives, with
+    --allgather-cp too. Tensor-parallel ranks have the same. `Discrepancy.add_microbatch` takes it as it comes.
+    """
+
+
 @hookspec(firstresult=True)
 def take_weight_quantization(args: Namespace, quantization: Mapping[str, Any]) -> bool | None:
     """slime is about to quantize weights for the engine (trainer): `quantization` is `--hf-checkpoint`'s format.
 
     Return True to do that yourself: `export_weights` then gets the weights as they are trained.
+    """
+
+
+@hookspec(firstresult=True)
+def encode_for_gathering(
+    args: Namespace, name: str, shape: tuple[int, int], dtype: torch.dtype, dim: int | None
+) -> Encoding | None:
+    """A parameter is about to be gathered from its ranks for a weight update (trainer, on each rank that has a part).
+
+    `name` is Megatron's, as `decoder.layers.3.mlp.experts.linear_fc1.weight12`, with global numbers; `shape` [N, K] is
+    of this rank's part, and `dim` says along which dimension it is one, None for a whole parameter. Return how it shall
+    travel in place of itself (see `miles_plugins.Encoding`), the same on every rank; None leaves it. Called over nccl
+    and with `--colocate`; checkpoints on disk are gathered as they are.
+    """
+
+
+@hookspec(firstresult=True)
+def decode_gathered(
+    args: Namespace,
+    name: str,
+    gathered: torch.Tensor,
+    convert: Callable[[torch.Tensor], Sequence[tuple[str, torch.Tensor]]],
+) -> Sequence[tuple[str, torch.Tensor]] | None:
+    """What `encode_for_gathering` encoded has come together (trainer, on the ranks that send).
+
+    `gathered` is uint8, joined as the parameter would have been. Return the engine's names and tensors of it, which
+    then go through `export_weights`. `convert(tensor)` is slime's own conversion of this parameter, for any tensor of
+    its shape [N, K]: it picks the rows of each of the checkpoint's tensors.
     """
 
 

@@ -1,5 +1,7 @@
 """The linear layers of a Megatron model, and the weights that they compute with: the hook `forward_weight`.
 
+Where plugins want more than other weights, `products` does it (`forward_linear`).
+
 Each selected layer, and no other, gets its own `Substitute`; nothing is decided by class. How it is reached:
 
 * Megatron's own Column- and RowParallelLinear hand their weight to `_forward_impl` (patches/megatron/linear.py).
@@ -21,7 +23,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from miles_plugins import products
 from miles_plugins.errors import PluginError, UpstreamError
+from miles_plugins.gradients import arrived
 from miles_plugins.manager import Plugins
 
 if TYPE_CHECKING:
@@ -116,22 +120,41 @@ def _of(module: torch.nn.Module, name: str, layer: int | None, kind: str) -> Ite
 
 
 def offer(plugins: Plugins, args: Namespace, model: Sequence[torch.nn.Module], role: str) -> None:
-    """Ask every plugin, for every linear layer of a model that was just built, which weights it shall compute with.
+    """Ask every plugin, for every linear layer of a model that was just built, what it shall compute, and with what.
 
     Raises:
         PluginError: two plugins want one layer.
         UpstreamError: a layer that a plugin wants cannot be reached.
     """
-    for linear in linear_layers(model) if plugins.implement("forward_weight") else ():
-        answers = list(plugins.ask_each("forward_weight", args=args, role=role, linear=linear))
-        if len(answers) > 1:
+    wanted = plugins.implement("forward_weight") or plugins.implement("forward_linear")
+    for linear in linear_layers(model) if wanted else ():
+        weights = list(plugins.ask_each("forward_weight", args=args, role=role, linear=linear))
+        computations = list(plugins.ask_each("forward_linear", args=args, role=role, linear=linear))
+        if len(weights) + len(computations) > 1:
             raise PluginError(
-                "two plugins want to choose the weights that one layer computes with",
-                {"layer": linear.name, "plugins": ", ".join(name for name, _ in answers)},
+                "two plugins want to choose what one layer computes",
+                {"layer": linear.name, "plugins": ", ".join(name for name, _ in (*weights, *computations))},
                 "leave one of them out",
             )
-        for name, change in answers:
+        for name, change in weights:
             attach(linear, change, name)
+        for name, compute in computations:
+            products.attach(linear, compute, name)
+    if any(answer for _, answer in plugins.ask_each("weigh_expert_outputs", args=args, role=role)):
+        for experts in expert_groups(model):
+            products.weigh_outputs(experts)
+
+
+EXPERTS = {"TEGroupedMLP", "SequentialMLP", "GroupedMLP"}
+"""Megatron's classes for the experts of one layer."""
+
+
+def expert_groups(model: Sequence[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+    """The experts of each layer, of all chunks of a model."""
+    for chunk in model:
+        for module in chunk.modules():
+            if EXPERTS & {base.__name__ for base in type(module).__mro__}:
+                yield module
 
 
 def attach(linear: Linear, change: Change, plugin: str) -> None:
@@ -317,37 +340,7 @@ def _straight_through() -> Any:
             @staticmethod
             def backward(ctx: Any, *gradients: Any) -> Any:
                 pairs = zip(ctx.parameters, gradients, strict=True)
-                return None, None, *(_arrived(parameter, gradient, ctx.fused) for parameter, gradient in pairs)
+                return None, None, *(arrived(parameter, gradient, ctx.fused) for parameter, gradient in pairs)
 
         _function = StraightThrough
     return _function
-
-
-def _arrived(parameter: Any, gradient: torch.Tensor | None, fused: bool) -> torch.Tensor | None:
-    """The gradient that autograd shall give a parameter.
-
-    Megatron's DDP waits for one from every parameter under --overlap-grad-reduce, and adds it unless the parameter says
-    that main_grad has it already.
-    """
-    if not fused or not hasattr(parameter, "main_grad"):
-        return gradient
-    if gradient is not None:
-        parameter.grad_added_to_main_grad = False
-        return gradient
-    parameter.grad_added_to_main_grad = True
-    return _placeholder(parameter)
-
-
-_placeholders: dict[Any, torch.Tensor] = {}
-
-
-def _placeholder(parameter: torch.Tensor) -> torch.Tensor:
-    """Of the parameter's shape; never read, unless Megatron wants zeros there. One for all parameters of a shape."""
-    import torch
-
-    zero = bool(getattr(parameter, "zero_out_wgrad", False))
-    key = (parameter.shape, parameter.dtype, parameter.device, zero)
-    if key not in _placeholders:
-        make = torch.zeros if zero else torch.empty
-        _placeholders[key] = make(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-    return _placeholders[key].detach()  # its own tensor object: autograd then takes it over and does not copy it

@@ -18,6 +18,8 @@ MODULES = (
     "miles_plugins.patches.slime.responses",
     "miles_plugins.patches.slime.shared_data",
     "miles_plugins.patches.slime.training",
+    "miles_plugins.patches.slime.losses",
+    "miles_plugins.patches.slime.gather",
     "miles_plugins.patches.slime.weights",
     "miles_plugins.patches.slime.weight_update",
     "miles_plugins.patches.slime.metrics",

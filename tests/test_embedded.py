@@ -178,6 +178,7 @@ def test_hooks_are_called_in_the_order_of_slimes_training_loop(calls: list[str])
         "pass_begins ref_log_prob",
         "pass_ends ref_log_prob",
         "pass_begins train",
+        "training_log_probs",
         "pass_ends train",
         "step_metrics",
         "metrics_logged train/step",

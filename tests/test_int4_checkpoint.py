@@ -12,15 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_plugins import PluginError
-from miles_plugins.int4_qat.checkpoint import (
-    Format,
-    TensorFacts,
-    ignored,
-    packed_modules,
-    read_format,
-    read_header,
-    weight_map,
-)
+from miles_plugins.checkpoints import TensorFacts, ignored, read_header, weight_map
+from miles_plugins.int4_qat.checkpoint import Format, packed_modules, read_format
 from miles_plugins.int4_qat.grid import Grid
 
 WEIGHTS = {

@@ -945,6 +945,61 @@ def experts_compute_with_the_weights_that_a_plugin_gives_also_when_they_are_reco
             assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
 
 
+def multiplying(weigh: bool, seen: dict[str, list[Any]]) -> Any:
+    """A plugin whose product is the layer's own, of all layers but the output's, and that notes what each was given."""
+    import torch
+
+    from miles_plugins import hookimpl
+    from miles_plugins.manager import Installed, Plugin, Plugins
+
+    def forward_linear(linear: Any) -> Any:
+        def product(x: Any, weights: Any, rows: Any) -> Any:
+            seen.setdefault(linear.name, []).append(x)
+            pairs = zip(x.split(list(rows)), weights, strict=True)
+            return torch.cat([part @ weight.t() for part, weight in pairs])
+
+        return None if linear.layer is None else product
+
+    def weigh_expert_outputs() -> bool:
+        return weigh
+
+    module = ModuleType("multiplying")
+    hooks = {each.__name__: hookimpl(each) for each in (forward_linear, weigh_expert_outputs)}
+    vars(module).update(__file__="", **hooks)
+    return Plugins([Plugin(Installed("multiplying", "tests", "0", None), module)])
+
+
+@behaviour
+def layers_compute_the_product_that_a_plugin_gives_with_their_own_gradients() -> None:
+    import torch
+
+    from miles_plugins.linears import offer
+
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    for changed in ({}, recompute):
+        expected, expected_gradients = trained_on(made_gpt(**changed))
+        given: dict[bool, dict[str, list[Any]]] = {False: {}, True: {}}
+        for weigh, seen in given.items():
+            model = made_gpt(**changed)
+            offer(multiplying(weigh, seen), SimpleNamespace(), [model], "actor")  # type: ignore[arg-type]
+            logits, gradients = trained_on(model)
+            assert len(seen) >= 2 * (2 + 2)
+            if not weigh:
+                assert torch.equal(logits, expected)
+                assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
+            assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
+            assert gradients["decoder.layers.0.mlp.router.weight"].any()
+            for name, gradient in gradients.items():
+                assert torch.allclose(gradient, expected_gradients[name], rtol=1e-3, atol=1e-4), name
+        first = "decoder.layers.0.mlp.experts.local_experts"  # of the first layer the inputs are otherwise the same
+        sums = [
+            sum(float(xs[0].abs().sum()) for name, xs in seen.items() if name.startswith(first) and "fc2" in name)
+            for seen in given.values()
+        ]
+        # Weighed before, they were smaller by the probabilities: 1 / TOPK on average.
+        assert 0 < sums[0] < 0.5 * sums[1]
+
+
 @behaviour
 def without_a_plugin_nothing_is_touched_and_undone_is_as_before() -> None:
     import torch

@@ -232,7 +232,7 @@ def test_a_hook_says_when_and_where_it_is_called(hook):
     assert "every process" in text or "before any run" in text or any(role in text for role in PROCESSES)
 
 
-@pytest.mark.parametrize("name", ["r3_replay", "int4_qat", "cpu_rehearsal", "metrics_jsonl"])
+@pytest.mark.parametrize("name", ["r3_replay", "int4_qat", "fp8_unified", "cpu_rehearsal", "metrics_jsonl"])
 def test_the_sides_of_our_plugins_are_processes_that_report(name):
     (plugin,) = Plugins.named([name])
     assert set(plugin.sides) <= PROCESSES

@@ -90,6 +90,7 @@ class RolloutEngine:
         encode: makes the text of `routed_experts` from [tokens, MoE layers, topk] ids, uint8 up to 256 experts and
             int16 above; None for SGLang's own.
         receive: makes of arriving weights, also of a quantized checkpoint's, those that are loaded.
+        built: called with the model of `transformers`, before a quantized checkpoint's weights are loaded.
 
     Raises:
         ArgumentError: the folder or an argument of the server cannot be used.
@@ -103,6 +104,7 @@ class RolloutEngine:
         on_request: Callable[[ServerArgs, GenerateRequest], None] = lambda *_: None,
         encode: Callable[[torch.Tensor], str | None] = lambda _: None,
         receive: Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[tuple[str, torch.Tensor]]] = iter,
+        built: Callable[[Any], None] = lambda _: None,
     ) -> None:
         import torch
 
@@ -110,6 +112,7 @@ class RolloutEngine:
         self.server_args = server_args
         self.tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, server_args.dtype, server_args.device)
+        built(self.model)
         self._on_request = on_request
         self._encode = encode
         self._receive = receive

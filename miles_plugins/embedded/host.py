@@ -57,6 +57,7 @@ class EmbeddedRun:
             lambda server_args, request: self._hook.receive_engine_request(server_args=server_args, request=request),
             lambda experts: self._hook.encode_routed_experts(experts=experts),
             self._received,
+            lambda model: self._hook.engine_model_built(server_args=self._server_args, model=model),
         )
         self._prompts.check_lengths(self._encode)
         with self.engine.serve() as url:  # plugins probe over HTTP, as they probe SGLang

@@ -123,7 +123,9 @@ class Trainer:
         with announced_pass(self._hook, self._args, "train", self.model), self.meter:
             for batch in self._microbatches(data, microbatches):
                 log_probs, entropy = self._forward(batch)
-                batch.setdefault("log_probs", log_probs.detach().split(batch["response_lengths"]))
+                found = log_probs.detach().split(batch["response_lengths"])
+                self._hook.training_log_probs(args=self._args, batch=batch, log_probs=found)
+                batch.setdefault("log_probs", found)
                 loss, metrics = grpo_loss(self._args, log_probs, entropy, batch)
                 loss.backward()
                 pairs = zip(batch["log_probs"], batch["rollout_log_probs"], strict=True)

@@ -12,21 +12,16 @@ The format is compressed-tensors' `pack-quantized` (https://github.com/vllm-proj
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from miles_plugins.checkpoints import quantization_config, weight_map
 from miles_plugins.errors import PluginError
 from miles_plugins.int4_qat.grid import PER_WORD, Grid
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
-BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # the other names of safetensors' dtypes end so: F8_E4M3, BF16
 CONVERT = "take the BF16 checkpoint, and convert it: `miles-plugins convert-int4 --from DIR --to DIR`"
 
 
@@ -39,8 +34,8 @@ class Format:
 
     Attributes:
         group_size: weights along K that share a scale; one that `Grid` takes.
-        ignore: compressed-tensors' rules for the modules that are not packed (see `ignored`). Which ones *are* packed
-            `packed_modules` knows better.
+        ignore: compressed-tensors' rules for the modules that are not packed (see `checkpoints.ignored`). Which ones
+            *are* packed `packed_modules` knows better.
     """
 
     group_size: int
@@ -49,12 +44,6 @@ class Format:
     def grid(self, kind: Literal["stock", "snapped"] = "stock") -> Grid:
         """The grid of this checkpoint. The file does not say which kind made it."""
         return Grid(self.group_size, kind)
-
-
-def quantization_config(config: Mapping[str, Any]) -> Any:
-    """A model's `quantization_config`: its own, or its `text_config`'s (Kimi-K2.5); None when there is none."""
-    text = config.get("text_config")
-    return config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, Mapping) else None)
 
 
 def read_format(config: Mapping[str, Any]) -> Format | None:
@@ -108,91 +97,7 @@ def _refuse(field: str, found: object, expected: str) -> NoReturn:
     )
 
 
-def ignored(name: str, rules: Iterable[str]) -> bool:
-    """Whether a module's name is one of compressed-tensors' `ignore` rules: itself, `re:…`, or what it lies in.
-
-    A prefix ends at a dot: `model.layers.1` is also `model.layers.1.mlp`, and not `model.layers.10`. slime differs: its
-    packer asks `startswith` (slime/backends/megatron_utils/megatron_to_hf/processors/quantizer_compressed_tensors.py).
-    """
-    return any(
-        re.match(rule[3:], name) is not None
-        if rule.startswith("re:")
-        else name == rule or name.startswith(rule.rstrip(".") + ".")
-        for rule in rules
-    )
-
-
 # -- the files --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TensorFacts:
-    """What a file's header says of a tensor: `dtype` as safetensors writes it ("BF16", "I32")."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        bits = BITS.get(self.dtype) or int(re.match(r"[A-Z]+(\d+)", self.dtype)[1])  # type: ignore[index]
-        return math.prod(self.shape) * bits // 8
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PluginError(f"no {file.name} in {file.parent}", next="give the folder of a whole checkpoint") from error
-    except ValueError as error:
-        raise PluginError(f"{file} is not JSON", {"found": error}, "copy the checkpoint again") from error
-    if not isinstance(found, dict):
-        raise PluginError(f"{file} is not a JSON object", {"found": type(found).__name__}, "copy the checkpoint again")
-    return found
-
-
-def read_header(file: Path) -> dict[str, TensorFacts]:
-    """Name -> facts of the tensors in a safetensors file.
-
-    Raises:
-        PluginError: there is no such file, it is none of safetensors, or its end is missing.
-    """
-    try:
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            size = file.stat().st_size
-            if length > size:
-                raise ValueError(f"its header would be longer than the file ({size} bytes)")
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end != size:
-            raise ValueError(f"{size} bytes, and its header describes {end}")
-        return {name: TensorFacts(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        problem = "there is no such file" if isinstance(error, FileNotFoundError) else error
-        raise PluginError(f"cannot read {file}", {"found": problem}, "copy the checkpoint again, whole") from error
-
-
-def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor's name -> name of its file: of the index, or of the one model.safetensors without an index.
-
-    Raises:
-        PluginError: there is neither, or the index names a file elsewhere.
-    """
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            found = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "no weights"
-            advice = "save the model with safetensors: other formats are not read"
-            raise PluginError(f"no {INDEX} and no {SINGLE} in {folder}", {"found": found}, advice)
-        return dict.fromkeys(read_header(folder / SINGLE), SINGLE)
-    files = read_json(folder / INDEX).get("weight_map")
-    strange = [file for file in files.values() if Path(str(file)).name != file] if isinstance(files, dict) else [files]
-    if strange or not isinstance(files, dict):
-        facts = {"found": strange[0], "expected": "weight_map: tensor's name -> name of a file in this folder"}
-        raise PluginError(f"{folder / INDEX} cannot be used", facts, "copy the checkpoint again")
-    return files
 
 
 def packed_modules(folder: Path) -> frozenset[str]:

@@ -1,51 +1,33 @@
-"""Convert a Hugging Face checkpoint from BF16 to INT4 and back, without a GPU and a shard at a time.
-
-Each file of weights becomes one of the same name. It is written beside its name and then renamed, so that a conversion
-that was stopped goes on where it was: run it again. What a target is made from is written into it first (`RECORD`), and
-config.json last: until then the folder is no model.
-"""
+"""Convert a Hugging Face checkpoint from BF16 to INT4 and back: what `conversion` does to each tensor."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from miles_plugins.errors import PluginError
-from miles_plugins.int4_qat.checkpoint import (
-    CONFIG,
-    INDEX,
-    PACKED,
-    SCALE,
-    SHAPE,
-    Format,
-    TensorFacts,
-    ignored,
-    quantization_config,
-    read_format,
-    read_header,
-    read_json,
-    weight_map,
+from miles_plugins.checkpoints import CONFIG, SENSES, TensorFacts, ignored, shown
+from miles_plugins.conversion import (
+    WEIGHT,
+    Converted,
+    Progress,
+    Source,
+    convert,
+    refuse_stacked,
+    require_bf16,
+    require_finite,
+    require_plain,
+    stacked,
+    without_quantization,
 )
+from miles_plugins.errors import PluginError
+from miles_plugins.int4_qat.checkpoint import PACKED, SCALE, SHAPE, Format, read_format
 from miles_plugins.int4_qat.grid import PER_WORD, Grid, Quantised, dequantise, pack, quantise, unpack
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[int, int], None]
-"""Called with bytes of the source that are done, and all of them."""
-
-RECORD = "miles-plugins-conversion.json"
-PARTIAL = ".partial"
-WEIGHT = ".weight"
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json", PARTIAL)
 
 MODULES = {
     "experts": re.compile(r".*\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)"),
@@ -55,27 +37,8 @@ MODULES = {
     "attention": re.compile(r".*\.self_attn\.(q|k|v|o)_proj"),
 }
 """What can be packed: a name for the user, and the modules it means. Nothing else ever is."""
-STACKED = re.compile(r".*\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)(\.weight)?")
-"""transformers' fused experts: [experts, ., .] in one tensor."""
-DEFAULT_IGNORE = (
-    "lm_head",
-    r"re:(.*\.)?(visual|vision\w*|audio\w*|mm_projector|multi_modal_projector)\.",
-)
+DEFAULT_IGNORE = ("lm_head", f"re:{SENSES}")
 """Left out although `MODULES` may match: a vision tower has an mlp and attention, too."""
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What was done.
-
-    Attributes:
-        weights: how many were packed, or unpacked.
-        bytes_before, bytes_after: of all tensors.
-    """
-
-    weights: int
-    bytes_before: int
-    bytes_after: int
 
 
 def convert_to_int4(
@@ -89,18 +52,15 @@ def convert_to_int4(
     """Pack the weights of `modules` (names in MODULES) into the folder `target`; the other tensors stay, bit for bit.
 
     Args:
-        ignore: rules as in `checkpoint.ignored`, for modules to leave out; to add some: (*DEFAULT_IGNORE, …).
+        ignore: rules as in `checkpoints.ignored`, for modules to leave out; to add some: (*DEFAULT_IGNORE, …).
 
     Raises:
         PluginError: the source is no BF16 checkpoint of safetensors files, nothing or something unfit is selected
             (another dtype, K not divisible, stacked experts, NaN or infinity), or the target has other files in it.
     """
     checkpoint = Source.read(source)
-    if (found := quantization_config(checkpoint.config)) is not None or checkpoint.modules(PACKED):
-        method = found.get("quant_method") if isinstance(found, Mapping) else found
-        advice = "convert it to BF16 first (`miles-plugins convert-bf16` takes INT4), or take the BF16 checkpoint"
-        raise PluginError(f"{source} is quantised already", {"found": method or f"*{PACKED}"}, advice)
-    return _convert(checkpoint, target, ToInt4.plan(checkpoint, grid, ignore, modules), progress)
+    require_plain(checkpoint, (PACKED,))
+    return convert(checkpoint, target, ToInt4.plan(checkpoint, grid, ignore, modules), progress)
 
 
 def convert_to_bf16(source: Path, target: Path, progress: Progress | None = None) -> Converted:
@@ -118,81 +78,10 @@ def convert_to_bf16(source: Path, target: Path, progress: Progress | None = None
             {"expected": f"quantization_config in {CONFIG}"},
             "use it as it is",
         )
-    return _convert(checkpoint, target, ToBf16.plan(checkpoint, declared), progress)
-
-
-# -- the source -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint to convert: its config, and file -> name -> facts of its tensors."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    files: Mapping[str, Mapping[str, TensorFacts]]
-
-    @classmethod
-    def read(cls, folder: Path) -> Source:
-        config = read_json(folder / CONFIG)
-        names: dict[str, list[str]] = defaultdict(list)
-        for name, file in weight_map(folder).items():
-            names[file].append(name)
-        files = {}
-        for file, expected in sorted(names.items()):
-            header = read_header(folder / file)
-            if missing := [name for name in expected if name not in header]:
-                facts = {"missing": missing[0], "and": f"{len(missing) - 1} more" if missing[1:] else None}
-                raise PluginError(f"{folder / file} lacks tensors of the index", facts, "copy the checkpoint again")
-            files[file] = {name: header[name] for name in expected}
-        return cls(folder, config, files)
-
-    @property
-    def tensors(self) -> dict[str, TensorFacts]:
-        return {name: facts for tensors in self.files.values() for name, facts in tensors.items()}
-
-    def modules(self, suffix: str) -> dict[str, TensorFacts]:
-        """Modules that have a tensor of this name, with its facts."""
-        return {name[: -len(suffix)]: facts for name, facts in self.tensors.items() if name.endswith(suffix)}
-
-    @contextmanager
-    def reading(self, file: str) -> Iterator[Callable[[str], torch.Tensor]]:
-        """Gives what reads a tensor by its name; this file is open meanwhile."""
-        from safetensors import safe_open
-
-        with safe_open(self.folder / file, framework="pt") as opened:
-
-            def read(name: str) -> torch.Tensor:
-                if name in self.files[file]:
-                    return opened.get_tensor(name)
-                other = next(other for other, tensors in self.files.items() if name in tensors)
-                with safe_open(self.folder / other, framework="pt") as elsewhere:
-                    return elsewhere.get_tensor(name)
-
-            yield read
+    return convert(checkpoint, target, ToBf16.plan(checkpoint, declared), progress)
 
 
 # -- the two conversions ----------------------------------------------------------------------------------------------
-
-
-class Conversion(Protocol):
-    """What becomes of each tensor. `settings` are JSON: two conversions with the same ones do the same."""
-
-    @property
-    def settings(self) -> dict[str, Any]: ...
-
-    @property
-    def weights(self) -> int: ...
-
-    def config(self, config: Mapping[str, Any]) -> dict[str, Any]: ...
-
-    def layout(self, name: str, facts: TensorFacts) -> dict[str, TensorFacts]:
-        """What this tensor becomes: nothing, where another one takes it along."""
-        ...
-
-    def convert(self, name: str, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same with its numbers."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -209,7 +98,7 @@ class ToInt4:
             facts = {"found": ", ".join(unknown) or "none", "expected": ", ".join(MODULES)}
             raise PluginError("there are no such modules to pack", facts, "name one of them, or several")
         if "experts" in modules:
-            _refuse_stacked(source)
+            refuse_stacked(source)
         weights = source.modules(WEIGHT)
         patterns = [MODULES[name] for name in modules]
         packed = {
@@ -222,10 +111,10 @@ class ToInt4:
             advice = f"widen --modules: {', '.join(MODULES)}; by default a model without experts has nothing to pack"
             raise PluginError(f"nothing of {source.folder} would be packed", searched, advice)
         for name in sorted(packed):
-            _require_bf16(name + WEIGHT, weights[name])
+            require_bf16(name + WEIGHT, weights[name])
             grid.check(name + WEIGHT, weights[name].shape)
             if len(weights[name].shape) != 2:
-                raise _stacked(name + WEIGHT, weights[name])
+                raise stacked(name + WEIGHT, weights[name])
         left = {name for name, facts in weights.items() if len(facts.shape) == 2} - packed
         # A tied head is no tensor of the file, and a linear layer of the model all the same.
         return cls(grid, frozenset(packed), tuple(sorted(left | {"lm_head"})))
@@ -281,12 +170,7 @@ class ToInt4:
         weight = read(name)
         if module == name or module not in self.packed:
             return {name: weight}
-        if not weight.isfinite().all():
-            row, column = (~weight.isfinite()).nonzero()[0].tolist()
-            facts = {"found": f"{weight[row, column].item()} at [{row}, {column}]", "shape": list(weight.shape)}
-            raise PluginError(
-                f"{name} has values that are not finite", facts, "find out how this checkpoint came about"
-            )
+        require_finite(name, weight)
         codes, scale = quantise(weight, self.grid)
         shape = torch.tensor(weight.shape, dtype=torch.int64)
         return {module + PACKED: pack(codes), module + SCALE: scale, module + SHAPE: shape}
@@ -314,7 +198,7 @@ class ToBf16:
                 if (found := tensors.get(name + suffix)) not in allowed:
                     raise PluginError(
                         f"{name + suffix} is not what {CONFIG} says",
-                        {"found": _shown(found), "expected": _shown(allowed[0]), "group size": declared.group_size},
+                        {"found": shown(found), "expected": shown(allowed[0]), "group size": declared.group_size},
                         "copy the checkpoint again, or convert it with the tool that made it",
                     )
         return cls(frozenset(packed))
@@ -328,10 +212,7 @@ class ToBf16:
         return len(self.packed)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        plain = {name: value for name, value in config.items() if name != "quantization_config"}
-        if isinstance(text := plain.get("text_config"), Mapping):
-            plain["text_config"] = {name: value for name, value in text.items() if name != "quantization_config"}
-        return plain
+        return without_quantization(config)
 
     def layout(self, name: str, facts: TensorFacts) -> dict[str, TensorFacts]:
         module, dot, kind = name.rpartition(".")
@@ -353,144 +234,3 @@ class ToBf16:
             facts = {"found": shape, "expected": list(codes.shape)}
             raise PluginError(f"{module + SHAPE} is another shape than its codes have", facts, "copy it again")
         return {module + WEIGHT: dequantise(Quantised(codes, read(module + SCALE)))}
-
-
-def _refuse_stacked(source: Source) -> None:
-    for name, facts in source.tensors.items():
-        if len(facts.shape) == 3 and STACKED.fullmatch(name):
-            raise _stacked(name, facts)
-
-
-def _stacked(name: str, facts: TensorFacts) -> PluginError:
-    advice = "save one tensor for each expert, as transformers' save_pretrained(save_original_format=True) does"
-    return PluginError(
-        f"{name} holds several experts in one tensor",
-        {"shape": list(facts.shape), "expected": "matrices [N, K]: …experts.0.gate_proj.weight, …"},
-        advice,
-    )
-
-
-def _require_bf16(name: str, facts: TensorFacts) -> None:
-    if facts.dtype != "BF16":
-        advice = "convert it to bf16 first, e.g. transformers' from_pretrained(dtype=torch.bfloat16).save_pretrained()"
-        raise PluginError(f"{name} is not bfloat16", {"found": facts.dtype, "expected": "BF16"}, advice)
-
-
-def _shown(facts: TensorFacts | None) -> str:
-    return f"{facts.dtype} {list(facts.shape)}" if facts else "missing"
-
-
-# -- the target -------------------------------------------------------------------------------------------------------
-
-
-def _convert(source: Source, target: Path, conversion: Conversion, progress: Progress | None) -> Converted:
-    layouts = {
-        file: {
-            made: expected
-            for name, facts in tensors.items()
-            for made, expected in conversion.layout(name, facts).items()
-        }
-        for file, tensors in source.files.items()
-    }
-    _begin(source, target, conversion)
-    done, total = 0, sum(facts.size for facts in source.tensors.values())
-    for file, tensors in source.files.items():
-        if _finished(target / file, layouts[file]):
-            done += sum(facts.size for facts in tensors.values())
-            if progress:
-                progress(done, total)
-            continue
-        made = {}
-        with source.reading(file) as read:
-            for name, facts in tensors.items():
-                made.update(conversion.convert(name, read))
-                done += facts.size
-                if progress:
-                    progress(done, total)
-            with _writing(target / file) as partial:
-                _save(made, partial)
-    for other in sorted(source.folder.iterdir()):
-        if other.is_file() and other.name not in (CONFIG, RECORD) and not other.name.endswith(NOT_COPIED):
-            with _writing(target / other.name) as partial:
-                shutil.copyfile(other, partial)
-    size = sum(facts.size for file in layouts for facts in read_header(target / file).values())
-    index = {made: file for file, layout in layouts.items() for made in layout}
-    _write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
-    _write_json(target / CONFIG, conversion.config(source.config))
-    return Converted(conversion.weights, total, size)
-
-
-def _begin(source: Source, target: Path, conversion: Conversion) -> None:
-    """Make the target, or see that it was begun as the same conversion of the same files."""
-    if target.resolve() == source.folder.resolve():
-        raise PluginError(
-            "a checkpoint cannot be converted into its own folder", {"folder": target}, "give another one"
-        )
-    stats = {file: (source.folder / file).stat() for file in source.files}
-    files = {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
-    record = {**conversion.settings, "source": files}
-    if target.is_dir() and any(target.iterdir()):
-        advice = "give an empty folder, or delete this one"
-        if not (target / RECORD).is_file():
-            found = min(file.name for file in target.iterdir())
-            raise PluginError(f"{target} has other files in it", {"found": found, "expected": RECORD}, advice)
-        before = read_json(target / RECORD)
-        if before != record:
-            differs = next(key for key in (*record, *before) if before.get(key) != record.get(key))
-            short = differs in ("to", "group_size", "kind")
-            facts = {
-                "differs": "the source's files" if differs == "source" else differs,
-                "begun with": before.get(differs) if short else None,
-                "now": record.get(differs) if short else None,
-            }
-            raise PluginError(f"{target} was begun as another conversion", facts, advice)
-        for left in [*target.glob(".tmp*"), *target.glob(f"*{PARTIAL}")]:  # safetensors' own, and ours
-            left.unlink()  # of a process that was killed
-        return
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PluginError(f"cannot make the folder {target}", {"found": error}, "give another one") from error
-    _write_json(target / RECORD, record)
-
-
-def _finished(file: Path, layout: Mapping[str, TensorFacts]) -> bool:
-    """Whether a file is there with these tensors, whole."""
-    if not file.is_file():
-        return False
-    try:
-        return read_header(file) == layout
-    except PluginError:
-        return False
-
-
-@contextmanager
-def _writing(file: Path) -> Iterator[Path]:
-    """Gives a file to write, which takes the place of this one when it is complete."""
-    from safetensors import SafetensorError
-
-    partial = file.with_name(file.name + PARTIAL)
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)  # safetensors makes files that only their owner can read
-        with open(partial, "rb+") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
-    except (OSError, SafetensorError) as error:
-        advice = "make room there; the same command goes on from here"
-        raise PluginError(f"cannot write {file}", {"found": error}, advice) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    with _writing(file) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from miles_plugins.checkpoints import text_config
 from miles_plugins.errors import PluginError
 
 MODULES = {
@@ -278,13 +279,6 @@ FAMILIES = {
     "deepseek_v3": Family(experts="n_routed_experts", latent=True),
     "kimi_k2": Family(experts="n_routed_experts", latent=True),
 }
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a model that also sees, the part that describes the language model."""
-    nested = config.get("text_config")
-    outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
-    return {**outer, **nested} if isinstance(nested, Mapping) else config
 
 
 def components(config: Mapping[str, Any]) -> list[Component]:

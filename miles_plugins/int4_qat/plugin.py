@@ -6,7 +6,6 @@ The checkpoint says what is INT4 (`selection`). In the trainer those layers comp
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,12 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins import Linear, PluginError, hookimpl
+from miles_plugins.checkpoints import CONFIG, number_of_layers, without_drafts
 from miles_plugins.int4_qat import refusals, selection
-from miles_plugins.int4_qat.checkpoint import CONFIG, PACKED, SCALE, SHAPE, packed_modules
+from miles_plugins.int4_qat.checkpoint import PACKED, SCALE, SHAPE, packed_modules
 from miles_plugins.int4_qat.converter import MODULES, convert_to_int4
 from miles_plugins.int4_qat.grid import Grid
 from miles_plugins.int4_qat.packed import Packed, dequantise, pack
-from miles_plugins.int4_qat.selection import Place, Selection
+from miles_plugins.int4_qat.selection import Selection
+from miles_plugins.places import Place, place, require_all
+from miles_plugins.plain_engine import is_plain, tell_nothing_of_the_format
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +78,7 @@ def register_arguments(parser: ArgumentParser) -> None:
 @hookimpl
 def configure(args: Namespace) -> None:
     refusals.check(args, selection.read(Path(args.hf_checkpoint)))
-    if getattr(args, "sglang_device", None) == "cpu":
-        # SGLang has no INT4 kernel there: without the format it builds plain layers, and `receive_weights` fills them.
-        given = json.loads(args.sglang_json_model_override_args or "{}")
-        args.sglang_json_model_override_args = json.dumps({**given, "quantization_config": None})
+    tell_nothing_of_the_format(args)  # without the format it builds plain layers, and `receive_weights` fills them
 
 
 @hookimpl
@@ -151,9 +150,9 @@ def forward_weight(args: Namespace, role: str, linear: Linear) -> Callable[..., 
     if (role == "critic" and "critic" not in args.int4_other_passes) or not _selection.has(linear):
         return None
     selection.require_divisible(_selection, linear)
-    place = selection.place(linear)
-    assert place is not None
-    _places[place] += linear.count
+    found = place(linear)
+    assert found is not None
+    _places[found] += linear.count
     _layers.append(Int4Weights(linear, _grid))
     return _layers[-1]
 
@@ -162,7 +161,8 @@ def forward_weight(args: Namespace, role: str, linear: Linear) -> Callable[..., 
 def pass_begins(stage: str, model: Sequence[Any]) -> None:
     global _in_pass, _complete
     if not _complete and _role == "actor":
-        _require_all(model)
+        assert _selection is not None
+        require_all(model, _selection.places, _places)
         _complete = True
     _forget()
     _in_pass = stage
@@ -178,21 +178,6 @@ def pass_ends(stage: str, error: BaseException | None) -> None:
 def _forget() -> None:
     for layer in _layers:
         layer.forget()
-
-
-def _require_all(model: Sequence[Any]) -> None:
-    """Raise unless every layer of this rank that the checkpoint packs computes with quantized weights."""
-    assert _selection is not None
-    absent = selection.missing(_selection, selection.local_layers(model), _places)
-    if absent:
-        raise PluginError(
-            "layers that the checkpoint packs have no linear layers in the trainer that could be quantized",
-            {
-                "layers": ", ".join(f"{layer} ({kind})" for layer, kind in absent[:8]),
-                "quantized": f"{sum(_places.values())} weights in {len(_places)} places",
-            },
-            "a model provider with layers of its own must use Megatron's or TransformerEngine's linear layers",
-        )
 
 
 # -- weights on their way to the engine ------------------------------------------------------------------------------
@@ -234,7 +219,7 @@ def _exported(name: str, tensor: torch.Tensor, chosen: Selection, grid: Grid) ->
 def receive_weights(
     server_args: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterable[tuple[str, torch.Tensor]] | None:
-    kernel = _has_int4_kernel(server_args)
+    kernel = not is_plain(server_args)
     if _packed_at_engine is None:
         _read_checkpoint(server_args, kernel)
     return _counted(named_tensors) if kernel else _unpacked(named_tensors)
@@ -246,15 +231,9 @@ def _read_checkpoint(server_args: Any, kernel: bool) -> None:
     folder = Path(getattr(server_args, "model_path", None) or "")
     _packed_at_engine = packed_modules(folder) if (folder / CONFIG).is_file() else frozenset()
     if _packed_at_engine:
-        _layers_at_engine = selection.number_of_layers(folder)
+        _layers_at_engine = number_of_layers(folder)
         if kernel:
             refusals.check_engine(server_args, _packed_at_engine)
-
-
-def _has_int4_kernel(server_args: Any) -> bool:
-    """Not so in SGLang on the CPU (see `configure`) and in the embedded host, whose engine is transformers' model."""
-    overrides = getattr(server_args, "json_model_override_args", None)
-    return overrides is not None and json.loads(overrides or "{}").get("quantization_config", "its own") is not None
 
 
 def _counted(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -294,7 +273,7 @@ def _unpacked(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tup
 @hookimpl
 def after_weight_update(server_args: Any, received: Mapping[str, int]) -> None:
     assert _packed_at_engine is not None  # no model without weights
-    wanted = selection.without_drafts(_packed_at_engine, _layers_at_engine)
+    wanted = without_drafts(_packed_at_engine, _layers_at_engine)
     refusals.check_received(_tensors(wanted), _tensors(_packed_at_engine - wanted), received)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from miles_plugins import ArgumentError, PluginError
-from miles_plugins.int4_qat.checkpoint import CONFIG, CONVERT, PACKED, read_format, read_header, read_json, weight_map
+from miles_plugins.checkpoints import CONFIG, read_header, read_json, weight_map
+from miles_plugins.int4_qat.checkpoint import CONVERT, PACKED, read_format
 from miles_plugins.int4_qat.memory import GROUP_SIZES, MARLIN_K
 from miles_plugins.int4_qat.selection import Selection
 

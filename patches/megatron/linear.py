@@ -1,7 +1,7 @@
-"""The weights that Megatron's own linear layers compute with (hook: forward_weight).
+"""What Megatron's own linear layers compute, and with which weights (hooks: forward_linear, forward_weight).
 
-Both hand their weight, by keyword, to a method of their own. Which layers get others than their own is decided one by
-one when the model is built; TransformerEngine's and legacy GroupedMLP are reached there (miles_plugins/linears.py).
+Both hand their weight, by keyword, to a method of their own. Which layers get another one is decided one by one when
+the model is built; TransformerEngine's and legacy GroupedMLP are reached there (miles_plugins/linears.py, products.py).
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from miles_plugins import products
 from miles_plugins.linears import used_weight
 from miles_plugins.patches.seam import Seam
 from miles_plugins.patching import Patch
 
 
 def forward_impl(original: Callable[..., Any], self: Any, input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    return original(self, input, used_weight(self, weight), *args, **kwargs)
+    product = products.product_of(self)
+    if product is None:
+        return original(self, input, used_weight(self, weight), *args, **kwargs)
+    return products.multiply(product, input, weight, kwargs)  # Megatron names them all
 
 
 def _patch(name: str) -> Patch:
@@ -31,4 +35,10 @@ def _patch(name: str) -> Patch:
     )
 
 
-SEAMS = (Seam(name="weights of linear layers", hooks=("forward_weight",), patches=(_patch("Column"), _patch("Row"))),)
+SEAMS = (
+    Seam(
+        name="weights of linear layers",
+        hooks=("forward_weight", "forward_linear"),
+        patches=(_patch("Column"), _patch("Row")),
+    ),
+)

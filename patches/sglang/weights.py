@@ -1,4 +1,4 @@
-"""Weights on their way into SGLang's model (hooks: receive_weights, after_weight_update).
+"""Weights on their way into SGLang's model (hooks: engine_model_built, receive_weights, after_weight_update).
 
 Every way that weights take, from the checkpoint and in each kind of update, ends in `load_weights` of the model. What
 one update brings is known only to who sends it, so the engine's actor says where it begins and ends
@@ -62,6 +62,7 @@ def remember_scheduler(original: Callable[..., None], self: Any, *args: Any, **k
 
 def receive_through_plugins(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     model = original(*args, **kwargs)
+    current().hook.engine_model_built(server_args=_scheduler.server_args, model=model)
     model.load_weights = Reception(model.load_weights)
     return model
 
@@ -262,7 +263,7 @@ def _patch(
 SEAMS = (
     Seam(
         name="weights at the engine",
-        hooks=("receive_weights", "after_weight_update"),
+        hooks=("engine_model_built", "receive_weights", "after_weight_update"),
         patches=(
             _patch(
                 "arguments",

@@ -228,7 +228,7 @@ _HAS_SCHEDULE = has_parameter(f"{_MODEL}:train_one_step", "step_global_batch_siz
 SEAMS = (
     Seam(
         name="model",
-        hooks=("model_built", "forward_weight"),
+        hooks=("model_built", "forward_weight", "forward_linear", "weigh_expert_outputs"),
         patches=(
             Patch(
                 id="slime.model.role",

@@ -223,6 +223,14 @@ def gloo_group(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return original(*bound.args, **bound.kwargs)
 
 
+def broadcast_bytes(original: Callable[..., Any], tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """gloo has no FP8; nccl sends it as bytes."""
+    import torch
+
+    is_byte = tensor.is_floating_point() and tensor.element_size() == 1
+    return original(tensor.view(torch.uint8) if is_byte else tensor, *args, **kwargs)
+
+
 def _patch(
     name: str,
     target: str,
@@ -295,6 +303,13 @@ SEAMS = (
                 "_new_process_group_helper",
                 "slime and SGLang name nccl for the group that carries the weights",
                 ("trainer", "sglang_scheduler"),
+            ),
+            _patch(
+                "broadcast",
+                "torch.distributed.distributed_c10d:broadcast",
+                "slime sends FP8 weights to SGLang, and gloo does not know the type",
+                ("trainer", "sglang_scheduler"),
+                wrap=broadcast_bytes,
             ),
         ),
     ),
