@@ -6,9 +6,9 @@ the trainer uses the rollout's experts, as with `--plugins r3`, and the last col
 difference, and how many of the (token, layer) pairs have another set of experts. Every token is one that the rollout
 would have sampled there, which makes k3 an estimate of KL(rollout || trainer).
 
-Two implementations: the embedded host (Megatron's policy, transformers' engine) trains with r3, from one seed. FP8
-enlarges what two implementations differ by, for a value close to the middle between two codes becomes the one or the
-other, 6 to 12 % apart: the floor is what bfloat16 gives, not zero.
+Two implementations: the embedded host (Megatron's policy, transformers' engine) trains with r3. FP8 enlarges what two
+implementations differ by, for a value close to the middle between two codes becomes the one or the other, 6 to 12 %
+apart: the floor is what bfloat16 gives, not zero.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from miles_plugins.places import Place, place, require_all
 FP32, POW2 = Format(), Format(scale="power_of_two")
 Compute = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[int]], torch.Tensor]
 
-# -- what breaks a rule (miles_plugins/fp8_unified/rules.py): a weight of the checkpoint, otherwise quantised ----------
+# -- what breaks a rule (miles_plugins/fp8_unified/rules): a weight of the checkpoint, otherwise quantised -------------
 
 
 def trainer_blocks(weight: torch.Tensor) -> Quantised:
@@ -495,13 +495,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--quick", action="store_true", help="small models, and the first table alone")
-    parser.add_argument("--seeds", type=int, default=3, help="models of the first table (default: 3)")
-    parser.add_argument("--rollouts", type=int, default=10, help=f"of the second, {SKIPPED} left out (default: 10)")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each table (default: 3)")
+    parser.add_argument("--rollouts", type=int, default=8, help=f"of the second, {SKIPPED} left out (default: 8)")
     given = parser.parse_args()
     with megatron() as args:
         sizes = QUICK if given.quick else Sizes()
         tables = [same_implementation(args, seed, sizes) for seed in range(given.seeds)]
-    arms = {} if given.quick else two_implementations(given.rollouts, seed=0)
+    arms = [] if given.quick else [two_implementations(given.rollouts, seed) for seed in range(given.seeds)]
     if given.json:
         print(json.dumps({"same": [[asdict(row) for row in rows] for rows in tables], "two": arms}))
         return
@@ -510,8 +510,10 @@ def main() -> None:
     show(console, means(tables), title)
     console.print(f"relative: to the mean of the {ALONE}\n")
     if arms:
-        rows = [[name, *(f"{value:.5f}" for value in found.values())] for name, found in arms.items()]
-        title = f"two implementations: {given.rollouts} rollouts of the embedded host, with r3"
+        measured = ("mean", "p99", "maximum")
+        over = {name: [statistics.mean(found[name][each] for found in arms) for each in measured] for name in ARMS}
+        rows = [[name, *(f"{value:.5f}" for value in values)] for name, values in over.items()]
+        title = f"two implementations, {given.seeds} models: {given.rollouts} rollouts of the embedded host, with r3"
         console.print(table(title, ["configuration", "mean", "p99", "max"], rows))
         console.print("FP8 enlarges what two implementations differ by: bfloat16 is the floor, not zero.")
 

@@ -21,8 +21,8 @@ from rich.text import Text
 
 from miles_plugins.entrypoints.patch_table import print_with
 from miles_plugins.errors import ArgumentError, PluginError
-from miles_plugins.fp8_unified.facts import GPUS, capability_of, from_args, look_here
-from miles_plugins.fp8_unified.rules import RULES, VERDICTS, Decision, Facts, judge, needs_post_process
+from miles_plugins.fp8_unified.facts import GPUS, OTHER_LAYERS, capability_of, from_args, look_here
+from miles_plugins.fp8_unified.rules import RULES, VARIABLE, VERDICTS, Decision, Facts, judge, needs_post_process
 
 STYLES = {"deny": "bold red", "warn": "yellow", "allow": "green"}
 SOURCE = (
@@ -84,6 +84,7 @@ _ALONE = (
     "--optimizer-cpu-offload",
     "--multi-latent-attention",
     "--group-query-attention",
+    *OTHER_LAYERS.values(),
     "--use-rollout-logprobs",
     "--use-rollout-routing-replay",
     "--check-weight-update-equal",
@@ -166,7 +167,7 @@ def check_fp8(
 def _variables(given: Sequence[str]) -> dict[str, str]:
     pairs = [each.partition("=") for each in given]
     if wrong := [name for name, equals, _ in pairs if not equals or not name]:
-        raise ArgumentError("--env takes NAME=VALUE", {"found": wrong[0]})
+        raise ArgumentError("--env takes NAME=VALUE", {"found": wrong[0]}, f"write --env {VARIABLE}=1")
     return {name: value for name, _, value in pairs}
 
 
@@ -177,12 +178,6 @@ def _facts(args: argparse.Namespace, gpu: str | None, engine_gpu: str | None, en
     if gpu is not None:
         here = replace(here, capability=_capability(gpu))
     folder = Path(args.hf_checkpoint).expanduser() if args.hf_checkpoint else None
-    if folder is not None and not folder.is_dir():
-        raise PluginError(
-            "--hf-checkpoint is no folder here",
-            {"found": folder},
-            "give a folder; config.json alone shows most (with the safetensors index, what is quantised, too)",
-        )
     facts = from_args(args, environment, folder, here)
     if engine_gpu is None:
         return facts
@@ -192,7 +187,8 @@ def _facts(args: argparse.Namespace, gpu: str | None, engine_gpu: str | None, en
 def _capability(name: str) -> int:
     found = capability_of(name)
     if found is None:
-        raise ArgumentError("this GPU is not known", {"--gpu": name, "known": ", ".join(GPUS)}, "give its capability")
+        facts = {"found": name, "known": ", ".join(GPUS)}
+        raise ArgumentError("this GPU is not known", facts, "give one of these, or its compute capability, such as 9.0")
     return found
 
 
@@ -207,7 +203,7 @@ def _show(console: Console, decisions: Sequence[Decision], unknown: int, show_al
         if each.verdict != "allow" or show_all:
             what.append(f"\nexpected  {each.expected}")
         if each.cost:
-            what.append(f"\ncosts     {each.cost}")
+            what.append(f"\n{each.consequence}")
         if each.next:
             what.append(f"\n→ {each.next}", style="bold" if each.verdict == "deny" else "")
         shown.add_row(Text(each.verdict, style=STYLES[each.verdict]), Text(each.rule), what)

@@ -29,7 +29,7 @@ def run(doing: str, work: Callable[[conversion.Progress], Converted]) -> Convert
     try:
         with interruptible(), bar:
             task = bar.add_task(doing, total=None)
-            return work(lambda done, total: bar.update(task, completed=done, total=total))
+            done = work(lambda done, total: bar.update(task, completed=done, total=total))
     except PluginError as error:
         raise click.ClickException(str(error)) from error
     except ModuleNotFoundError as error:
@@ -37,10 +37,17 @@ def run(doing: str, work: Callable[[conversion.Progress], Converted]) -> Convert
     except Interrupted as interruption:
         click.echo("Stopped. What is finished is kept: the same command goes on from here.", err=True)
         sys.exit(128 + interruption.signal_number)
+    if done.already:
+        click.echo("already complete, nothing written")
+    return done
 
 
 def sizes(done: Converted) -> str:
     """How much smaller or larger the checkpoint became."""
     before, after = done.bytes_before, done.bytes_after
     factor, word = (before / after, "smaller") if after < before else (after / before, "larger")
-    return f"{before / 1e9:.1f} GB before, {after / 1e9:.1f} GB after ({factor:.2f} times {word})"
+    return f"{_size(before)} before, {_size(after)} after ({factor:.2f} times {word})"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

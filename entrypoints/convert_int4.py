@@ -43,6 +43,12 @@ def convert_int4(source: Path, target: Path, group_size: str, modules: Sequence[
     flags = ["--plugins int4", f"--hf-checkpoint {target}"]
     if snapped:
         flags.append("--int4-grid snapped")
-    if chosen != ["experts"]:
-        flags.append(f"--int4-modules {' '.join(chosen)}")
-    click.echo(f"next: train on it, `slime-train {' '.join(flags)} …`, or serve it with SGLang")
+    if chosen == ["experts"]:
+        click.echo(f"next: train on it, `slime-train {' '.join(flags)} …`, or serve it with SGLang")
+        return
+    flags.append(f"--int4-modules {','.join(chosen)}")
+    click.echo(f"next: serve it with SGLang, or train on the CPU, `slime-train {' '.join(flags)} …`")
+    dense = ", ".join(name for name in chosen if name != "experts")
+    click.echo(
+        f"note: SGLang on a GPU cannot give dense INT4 layers ({dense}) new weights; to train there, pack experts only"
+    )

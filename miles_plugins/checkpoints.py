@@ -15,6 +15,7 @@ from miles_plugins.errors import ArgumentError, PluginError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BEGUN = "miles-plugins-conversion.json"  # of a conversion; its config.json comes last
 BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # the other names of safetensors' dtypes end so: F8_E4M3, BF16
 SENSES = r"(.*\.)?(visual|vision\w*|audio\w*|mm_projector|multi_modal_projector)\."
 """What a model sees and hears with, as the beginning of its modules' names: it has attention and an MLP, too."""
@@ -47,6 +48,12 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if file.name == CONFIG and (file.parent / BEGUN).is_file():
+            raise PluginError(
+                f"{file.parent} is a conversion that did not finish",
+                {"found": BEGUN, "missing": CONFIG},
+                "run the same command again: it goes on where it was",
+            ) from error
         raise PluginError(f"no {file.name} in {file.parent}", next="give the folder of a whole checkpoint") from error
     except ValueError as error:
         raise PluginError(f"{file} is not JSON", {"found": error}, "copy the checkpoint again") from error

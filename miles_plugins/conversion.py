@@ -17,11 +17,12 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from miles_plugins.checkpoints import (
+    BEGUN,
     CONFIG,
     INDEX,
     TensorFacts,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with bytes of the source that are done, and all of them."""
 
-RECORD = "miles-plugins-conversion.json"
+RECORD = BEGUN
 PARTIAL = ".partial"
 WEIGHT = ".weight"
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json", PARTIAL)
@@ -53,11 +54,13 @@ class Converted:
     Attributes:
         weights: how many were quantised, or dequantised.
         bytes_before, bytes_after: of all tensors.
+        already: whether all of it was there, and nothing was written.
     """
 
     weights: int
     bytes_before: int
     bytes_after: int
+    already: bool = field(default=False, compare=False)
 
 
 # -- the source -------------------------------------------------------------------------------------------------------
@@ -199,7 +202,14 @@ def convert(source: Source, target: Path, conversion: Conversion, progress: Prog
         for file, tensors in source.files.items()
     }
     _begin(source, target, conversion)
+    others = [each for each in sorted(source.folder.iterdir()) if each.is_file() and _is_copied(each.name)]
+    config = conversion.config(source.config)
     done, total = 0, sum(facts.size for facts in source.tensors.values())
+    size = sum(facts.size for layout in layouts.values() for facts in layout.values())
+    if _is_complete(target, layouts, others, config):
+        if progress:
+            progress(total, total)
+        return Converted(conversion.weights, total, size, already=True)
     for file, tensors in source.files.items():
         if _finished(target / file, layouts[file]):
             done += sum(facts.size for facts in tensors.values())
@@ -215,15 +225,30 @@ def convert(source: Source, target: Path, conversion: Conversion, progress: Prog
                     progress(done, total)
             with _writing(target / file) as partial:
                 _save(made, partial)
-    for other in sorted(source.folder.iterdir()):
-        if other.is_file() and other.name not in (CONFIG, RECORD) and not other.name.endswith(NOT_COPIED):
-            with _writing(target / other.name) as partial:
-                shutil.copyfile(other, partial)
-    size = sum(facts.size for file in layouts for facts in read_header(target / file).values())
+    for other in others:
+        with _writing(target / other.name) as partial:
+            shutil.copyfile(other, partial)
     index = {made: file for file, layout in layouts.items() for made in layout}
     _write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
-    _write_json(target / CONFIG, conversion.config(source.config))
+    _write_json(target / CONFIG, config)
     return Converted(conversion.weights, total, size)
+
+
+def _is_copied(name: str) -> bool:
+    return name not in (CONFIG, RECORD) and not name.endswith(NOT_COPIED)
+
+
+def _is_complete(
+    target: Path, layouts: Mapping[str, Mapping[str, TensorFacts]], others: Collection[Path], config: Mapping[str, Any]
+) -> bool:
+    """Whether a conversion that was begun has nothing left to do."""
+    beside = [target / INDEX, *(target / other.name for other in others)]
+    return (
+        (target / CONFIG).is_file()
+        and read_json(target / CONFIG) == config
+        and all(file.is_file() for file in beside)
+        and all(_finished(target / file, layout) for file, layout in layouts.items())
+    )
 
 
 def _give_memory_back() -> None:
@@ -241,6 +266,12 @@ def _begin(source: Source, target: Path, conversion: Conversion) -> None:
     if target.resolve() == source.folder.resolve():
         raise PluginError(
             "a checkpoint cannot be converted into its own folder", {"folder": target}, "give another one"
+        )
+    if source.folder.resolve() in target.resolve().parents:
+        raise PluginError(
+            "the target would lie inside of the checkpoint that is converted",
+            {"from": source.folder, "to": target},
+            "give a folder beside it: what copies or loads the checkpoint would take both",
         )
     stats = {file: (source.folder / file).stat() for file in source.files}
     files = {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}

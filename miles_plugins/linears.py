@@ -27,12 +27,12 @@ from miles_plugins import products
 from miles_plugins.errors import PluginError, UpstreamError
 from miles_plugins.gradients import arrived
 from miles_plugins.manager import Plugins
+from miles_plugins.products import SUBSTITUTE, require_free
 
 if TYPE_CHECKING:
     import torch
 
 Change = Callable[[Sequence["torch.Tensor"]], Sequence["torch.Tensor"]]
-SUBSTITUTE = "_miles_plugins_forward_weight"  # on the module of a selected layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,13 @@ def expert_groups(model: Sequence[torch.nn.Module]) -> Iterator[torch.nn.Module]
 
 
 def attach(linear: Linear, change: Change, plugin: str) -> None:
-    """Let a layer compute with what `change` makes of its weights. Raises UpstreamError where that cannot be."""
+    """Let a layer compute with what `change` makes of its weights.
+
+    Raises:
+        UpstreamError: that cannot be.
+        PluginError: what it computes was chosen already.
+    """
+    require_free(linear, plugin)
     module = linear.module
     parameters = [getattr(module, name) for name in linear.parameters]
     _require_plain(linear, parameters)

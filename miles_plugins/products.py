@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from miles_plugins.linears import Linear
 
 Compute = Callable[["torch.Tensor", Sequence["torch.Tensor"], Sequence[int]], "torch.Tensor"]
-PRODUCT = "_miles_plugins_forward_linear"  # on the module of a selected layer
+PRODUCT, SUBSTITUTE = "_miles_plugins_forward_linear", "_miles_plugins_forward_weight"  # on a selected layer's module
 
 
 class Product:
@@ -39,10 +39,18 @@ class Product:
         self.linear, self.plugin, self.used = linear, plugin, 0
         self._compute, self._fused = compute, fused
 
-    def __call__(self, x: torch.Tensor, weights: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
-        """[len(x), N] of x [rows of all weights together, K]; `rows[i]` of them belong to `weights[i]`."""
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        rows: Sequence[int] | None = None,
+        gathered: Gathered | None = None,
+    ) -> torch.Tensor:
+        """[..., N] of x [..., K]; `rows[i]` of its rows belong to `weights[i]`. `gathered`: x is part of a sequence."""
         self.used += 1
-        multiplied: torch.Tensor = _multiplied().apply(self._checked, tuple(rows), self._fused, x, *weights)
+        multiplied: torch.Tensor = _multiplied().apply(
+            self._checked, None if rows is None else tuple(rows), self._fused, gathered, x, *weights
+        )
         return multiplied
 
     def _checked(self, x: torch.Tensor, weights: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
@@ -57,8 +65,23 @@ class Product:
         return result
 
 
+def require_free(linear: Linear, plugin: str) -> None:
+    """Raise PluginError where a plugin has chosen already what this layer computes, or with which weights."""
+    for mark in (PRODUCT, SUBSTITUTE):
+        taken = linear.module.__dict__.get(mark)
+        if isinstance(taken, dict):  # a legacy GroupedMLP: by parameter
+            taken = taken.get(linear.parameters[0])
+        if taken is not None:
+            raise PluginError(
+                f"what {linear.name} computes was chosen already",
+                {"by plugin": taken.plugin, "again by": plugin},
+                "one choice a layer; if it is the same plugin, the model was offered twice: report this",
+            )
+
+
 def attach(linear: Linear, compute: Compute, plugin: str) -> None:
-    """Let a layer compute `compute`. Raises UpstreamError where that cannot be."""
+    """Let a layer compute `compute`. Raises UpstreamError where that cannot be, PluginError where another does."""
+    require_free(linear, plugin)
     module = linear.module
     config = getattr(module, "config", None)
     problem = None
@@ -83,7 +106,8 @@ def attach(linear: Linear, compute: Compute, plugin: str) -> None:
     fused = bool(getattr(module, "fuse_wgrad_accumulation", False))
     product = Product(linear, compute, plugin, fused)
     setattr(module, PRODUCT, product)
-    module.forward = _Grouped(module, product) if len(linear.parameters) > 1 else _Dense(module, product)
+    grouped = linear.parameters != ("weight",)  # a group of one expert has weight0
+    module.forward = _Grouped(module, product) if grouped else _Dense(module, product)
 
 
 def product_of(module: torch.nn.Module) -> Product | None:
@@ -92,15 +116,58 @@ def product_of(module: torch.nn.Module) -> Product | None:
     return found
 
 
+_KNOWN = frozenset(
+    ("bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "tp_group", "async_grad_allreduce")
+)
+"""What Megatron tells a linear layer's product, and what is done here."""
+
+
 def multiply(product: Product, x: torch.Tensor, weight: torch.Tensor, how: Mapping[str, Any]) -> torch.Tensor:
     """One of Megatron's own linear layers, [..., N]; `how`: what it was told of its input, gradient and bias."""
-    if how.get("sequence_parallel"):
-        x = _mapping("gather_from_sequence_parallel_region")(x, group=how.get("tp_group"))
-    elif how.get("allreduce_dgrad"):
-        x = _mapping("copy_to_tensor_model_parallel_region")(x, group=how.get("tp_group"))
-    result = product(x.flatten(0, -2), [weight], [x.flatten(0, -2).shape[0]]).unflatten(0, x.shape[:-1])
+    if unknown := {name for name, value in how.items() if name not in _KNOWN and value not in (None, False, 0, 1)}:
+        raise UpstreamError(
+            f"what {product.linear.name} computes cannot be chosen",
+            {"found": f"Megatron's layer was told {', '.join(sorted(unknown))}", "known": ", ".join(sorted(_KNOWN))},
+            "leave that feature out, or use a listed stack (docs/compatibility.md)",
+        )
+    group = how.get("tp_group")
+    gathered = Gathered(group) if how.get("sequence_parallel") else None
+    if how.get("allreduce_dgrad") and gathered is None:
+        x = _mapping("copy_to_tensor_model_parallel_region")(x, group=group)
+    result = product(x, [weight], gathered=gathered)
     bias = how.get("bias")
     return result if bias is None else result + bias
+
+
+class Gathered:
+    """A sequence whose parts are on tensor-parallel ranks, along the first dimension.
+
+    Only the own part is kept for the backward pass, as in Megatron; there it is gathered again.
+    """
+
+    def __init__(self, group: Any) -> None:
+        if group is None:  # as Megatron's layers of before 0.15 leave it
+            from megatron.core import mpu
+
+            group = mpu.get_tensor_model_parallel_group()
+        self._group = group
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        import torch.distributed as dist
+
+        size = dist.get_world_size(self._group)
+        whole = part.new_empty(size * part.shape[0], *part.shape[1:])
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=self._group)
+        return whole
+
+    def own(self, gradient: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sum over ranks."""
+        import torch.distributed as dist
+
+        size = dist.get_world_size(self._group)
+        own = gradient.new_empty(gradient.shape[0] // size, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=self._group)
+        return own
 
 
 def _mapping(name: str) -> Callable[..., torch.Tensor]:
@@ -123,11 +190,13 @@ class _Dense:
         mode, parallel = getattr(module, "parallel_mode", None), getattr(module, "tp_size", 1) > 1
         group, sequence = getattr(module, "tp_group", None), bool(getattr(module, "sequence_parallel", False))
         x = _normed(module, x)
+        gathered = None
         if mode == "column" and parallel:
-            name = "gather_from_sequence_parallel_region" if sequence else "copy_to_tensor_model_parallel_region"
-            x = _mapping(name)(x, group=group)
-        flat = x.flatten(0, -2)
-        y = self._product(flat, [module.weight], [len(flat)]).unflatten(0, x.shape[:-1])
+            if sequence:
+                gathered = Gathered(group)
+            else:
+                x = _mapping("copy_to_tensor_model_parallel_region")(x, group=group)
+        y = self._product(x, [module.weight], gathered=gathered)
         if mode == "row" and parallel:
             name = (
                 "reduce_scatter_to_sequence_parallel_region" if sequence else "reduce_from_tensor_model_parallel_region"
@@ -152,22 +221,27 @@ class _Grouped:
                 {"found": "experts with a bias"},
                 "leave them out",
             )
-        return self._product(x.flatten(0, -2), weights, rows).unflatten(0, x.shape[:-1]), None
+        return self._product(x, weights, rows), None
 
 
 def _normed(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """TransformerEngine's norm in front of a LayerNormLinear: computed in float32, rounded once to x's dtype."""
-    weight = getattr(module, "layer_norm_weight", None)
-    if weight is None:
+    """TransformerEngine's norm in front of a LayerNormLinear, if it has one; the backward pass computes it again."""
+    from torch.utils.checkpoint import checkpoint
+
+    if getattr(module, "layer_norm_weight", None) is None:
         return x
+    normed: torch.Tensor = checkpoint(_norm, module, x, use_reentrant=False, preserve_rng_state=False)
+    return normed
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Computed in float32, rounded once to x's dtype."""
+    weight, bias = module.layer_norm_weight, getattr(module, "layer_norm_bias", None)
     wide = x.float()
-    if module.normalization == "RMSNorm":
-        wide = wide * (wide.square().mean(-1, keepdim=True) + module.eps).rsqrt()
-    else:
+    if module.normalization != "RMSNorm":
         wide = wide - wide.mean(-1, keepdim=True)
-        wide = wide * (wide.square().mean(-1, keepdim=True) + module.eps).rsqrt()
+    wide = wide * (wide.square().mean(-1, keepdim=True) + module.eps).rsqrt()
     wide = wide * (weight.float() + 1 if getattr(module, "zero_centered_gamma", False) else weight.float())
-    bias = getattr(module, "layer_norm_bias", None)
     return (wide if bias is None else wide + bias.float()).to(x.dtype)
 
 
@@ -216,20 +290,35 @@ def _multiplied() -> Any:
         import torch
 
         class Multiplied(torch.autograd.Function):  # type: ignore[misc]
-            """(compute, rows, are gradients for main_grad, x, *weights) -> compute's, with the gradients of x @ w.T."""
+            """(compute, rows, is main_grad added to, gathered, x, *weights) -> compute's; gradients of x @ w.T."""
 
             @staticmethod
-            def forward(ctx: Any, compute: Compute, rows: Any, fused: bool, x: Any, *weights: Any) -> Any:
+            def forward(
+                ctx: Any, compute: Compute, rows: Any, fused: bool, gathered: Any, x: Any, *weights: Any
+            ) -> Any:
                 ctx.save_for_backward(x, *weights)
-                ctx.rows, ctx.fused, ctx.parameters = rows, fused, weights
-                return compute(x.detach(), [weight.detach() for weight in weights], rows)
+                whole = x.detach() if gathered is None else gathered.whole(x.detach())
+                flat = whole.flatten(0, -2)
+                ctx.rows = (len(flat),) if rows is None else rows
+                ctx.fused, ctx.gathered, ctx.parameters = fused, gathered, weights
+                result = compute(flat, [weight.detach() for weight in weights], ctx.rows)
+                return result.view(*whole.shape[:-1], result.shape[-1])
 
             @staticmethod
             def backward(ctx: Any, gradient: Any) -> Any:
                 x, *weights = ctx.saved_tensors
-                parts = list(zip(gradient.split(ctx.rows), x.split(ctx.rows), weights, ctx.parameters, strict=True))
-                of_x = torch.cat([part @ weight for part, _, weight, _ in parts]) if ctx.needs_input_grad[3] else None
-                return None, None, None, of_x, *(_of_weight(part, own, each, ctx.fused) for part, own, _, each in parts)
+                gradients = gradient.flatten(0, -2).split(ctx.rows)
+                of_x = None
+                if ctx.needs_input_grad[4]:
+                    products = [part @ weight for part, weight in zip(gradients, weights, strict=True)]
+                    of_x = torch.cat(products).view(*gradient.shape[:-1], x.shape[-1])
+                    of_x = of_x if ctx.gathered is None else ctx.gathered.own(of_x)
+                of_weights: list[Any] = [None] * len(weights)
+                if any(parameter.requires_grad for parameter in ctx.parameters):
+                    whole = x if ctx.gathered is None else ctx.gathered.whole(x)
+                    each = zip(gradients, whole.flatten(0, -2).split(ctx.rows), ctx.parameters, strict=True)
+                    of_weights = [_of_weight(part, own, parameter, ctx.fused) for part, own, parameter in each]
+                return None, None, None, None, of_x, *of_weights
 
         _function = Multiplied
     return _function

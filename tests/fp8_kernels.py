@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
+from miles_plugins.errors import PluginError
 from miles_plugins.fp8_unified import blockwise as reference
-from miles_plugins.fp8_unified import kernels, quantised
+from miles_plugins.fp8_unified import kernels, quantised, travel
 from miles_plugins.fp8_unified.blockwise import Format, Quantised
 from miles_plugins.fp8_unified.bucket import plan
 
@@ -76,20 +77,62 @@ def check_quantised(shape: tuple[int, int], format: Format, device: str) -> int:
     weights = list(weights_of(shape))
     weights.append(torch.stack(weights[:1] * 3))  # experts in one tensor
     placed = [place(weight, device) for weight in weights]
+    check_bucket(weights, placed, format, device)
+    check_bucket(weights, [place(weight, device) for weight in weights], format, device)  # at other addresses
+    check_travel(shape, format, device)
+    tables = kernels._places.cache_info().currsize
+    for some in few(weights, 1 if device == "cuda" else 5):
+        check_bucket([weights[i] for i in some], [placed[i] for i in some], format, device)
+    assert kernels._places.cache_info().currsize == tables  # they need none
+    for number, (x, each) in enumerate(zip(placed, weights, strict=True)):
+        wanted = reference.quantise_rows(each, format)
+        require_same(kernels.quantise_rows(x, format), wanted, f"rows {number} {list(shape)} {format}")
+    return len(weights)
+
+
+def few(weights: list[torch.Tensor], every: int) -> Iterator[list[int]]:
+    """Matrices of one dtype, by number: one, two, ... as many as a launch takes as arguments, again and again."""
+    for dtype in (torch.bfloat16, torch.float32):
+        of_dtype = [i for i, each in enumerate(weights) if each.dtype == dtype and each.dim() == 2 and each.numel()]
+        for i in range(0, len(of_dtype), every):
+            yield of_dtype[i : i + 1 + i % kernels.FEW]
+
+
+def check_bucket(weights: list[torch.Tensor], placed: list[torch.Tensor], format: Format, device: str) -> None:
     layout = plan([weight.shape for weight in weights], format)
     expected = torch.empty(layout.size, dtype=torch.uint8)
     quantised.quantise_into(weights, expected, layout, format)
     bucket = torch.full((layout.size + 64,), 170, dtype=torch.uint8, device=device)
     kernels.quantise_into(placed, bucket, layout, format)
+    alone = kernels.quantise_weights(placed, format)  # with the tables of the call before
     for number, (found, each) in enumerate(zip(layout.views(bucket), layout.views(expected), strict=True)):
-        require_same(found, each, f"weight {number} {list(shape)} {format}")
+        what = f"weight {number} of {len(weights)} {list(weights[number].shape)} {format}"
+        require_same(found, each, what)
+        require_same(alone[number], each, what)
     # Every byte of the bucket is written, the gaps too, and none beyond it.
     assert torch.equal(bucket[: layout.size].cpu(), expected)
     assert (bucket[layout.size :] == 170).all()
-    for number, (x, each) in enumerate(zip(placed, weights, strict=True)):
-        wanted = reference.quantise_rows(each, format)
-        require_same(kernels.quantise_rows(x, format), wanted, f"rows {number} {list(shape)} {format}")
-    return len(weights)
+
+
+def check_travel(shape: tuple[int, int], format: Format, device: str) -> None:
+    """Rows with codes and scales woven, and unwoven: by few and by many weights in a launch."""
+    matrices = [weight for weight in weights_of(shape) if weight.dtype == torch.bfloat16 and weight.numel()]
+    placed = [place(weight, device) for weight in matrices]
+    expected = [travel._woven(reference.quantise_weight(weight, format), format) for weight in matrices]
+    groups = [range(len(placed)), range(1), range(2, 5)]
+    for group in groups:
+        found = kernels.quantise_woven([placed[i] for i in group], format)
+        for number, woven in zip(group, found, strict=True):
+            what = f"woven {number} of {len(group)} {list(shape)} {format}"
+            assert woven.is_contiguous(), what
+            assert torch.equal(woven.cpu(), expected[number]), what
+    for number, (woven, weight) in enumerate(zip(expected, matrices, strict=True)):
+        wanted = reference.quantise_weight(weight, format)
+        shifted = torch.empty(woven.numel() + 1, dtype=torch.uint8, device=device)[1:].view(woven.shape)
+        for each in (woven.to(device), shifted.copy_(woven)):  # at an odd address too
+            codes, scales = kernels.unweave(each, format)
+            unwoven = Quantised(codes.view(torch.float8_e4m3fn), scales)
+            require_same(unwoven, wanted, f"unwoven {number} {list(shape)} {format}")
 
 
 def place(tensor: torch.Tensor, device: str) -> torch.Tensor:
@@ -121,12 +164,13 @@ def check_product(rows: tuple[int, ...], n: int, k: int, format: Format, device:
     counts = torch.tensor(rows, device=device)
     for other in (
         kernels.grouped_linear(placed_x, stacked, rows, format),
+        kernels.grouped_linear(placed_x, placed, torch.tensor(rows), format),
         kernels.grouped_linear(placed_x, placed, counts, format),
     ):
         assert torch.equal(found, other)
     assert (found.dtype, found.shape) == (torch.bfloat16, exact.shape)
     # bfloat16 rounds by 2^-9 of a result; a GPU adds FP8 products with 13 bits or more, by blocks of 128.
-    room = exact.abs() * 2.0**-8 + exact.square().mean().sqrt() * (2.0**-10 if device == "cuda" else 2.0**-20)
+    room = exact.abs() * 2.0**-8 + exact.square().mean().sqrt() * (2.0**-9 if device == "cuda" else 2.0**-20)
     distance = (found.cpu().double() - exact).abs() / room
     assert distance.max() <= 1, f"{rows} {n} {k} {format}: {distance.max():.2f} times what is allowed"
     # A row does not depend on the rows beside it.
@@ -144,10 +188,17 @@ def check_large() -> None:
     weight = torch.zeros(2**21 + 128, 1024, dtype=torch.bfloat16, device="cuda")
     weight[-128:] = torch.randn(128, 1024, device="cuda").bfloat16()
     small = (torch.randn(256, 256) * 0.02).bfloat16()
-    found = kernels.quantise_weights([weight, small.cuda()], format)
     last = reference.quantise_weight(weight[-128:].cpu(), format)
-    require_same(Quantised(found[0].codes[-128:], found[0].scale_inv[-1:]), last, "the end of a large weight")
-    require_same(found[1], reference.quantise_weight(small, format), "the weight behind a large one")
+    for others in (1, kernels.FEW):
+        found = kernels.quantise_weights([weight, *[small.cuda()] * others], format)
+        require_same(Quantised(found[0].codes[-128:], found[0].scale_inv[-1:]), last, "the end of a large weight")
+        require_same(found[-1], reference.quantise_weight(small, format), "the weight behind a large one")
+        woven = kernels.quantise_woven([weight, *[small.cuda()] * others], format)
+        for each, wanted in ((woven[0], last), (woven[-1], reference.quantise_weight(small, format))):
+            codes, scales = kernels.unweave(each, format)
+            end = Quantised(codes[-len(wanted.codes) :].view(torch.float8_e4m3fn), scales[-len(wanted.scale_inv) :])
+            require_same(end, wanted, "the end of woven rows")
+        del woven, codes, scales, end
     rows = kernels.quantise_rows(weight, format)
     wanted = reference.quantise_rows(weight[-128:].cpu(), format)
     require_same(Quantised(rows.codes[-128:], rows.scale_inv[-128:]), wanted, "the end of many rows")
@@ -176,6 +227,51 @@ def check_streams() -> None:
         assert all(torch.equal(left.cpu(), right) for left, right in zip(found, expected, strict=True))
 
 
+def check_nothing_waits() -> None:
+    """No call waits for the GPU, whether it has been there before or not."""
+    format = Format()
+    weights = [(torch.randn(256, 384, device="cuda") * 0.02).bfloat16() for _ in range(8)]
+    x = torch.randn(100, 384, device="cuda").bfloat16()
+
+    def run() -> None:
+        quantised.quantise_weights(weights[:3], format)
+        codes, parts = kernels.quantise_rows(x, format), kernels.quantise_weights(weights, format)
+        kernels.grouped_linear(codes, parts[:1], [100], format)
+        for woven in travel.encode(weights, format):
+            travel.decode("a.weight", woven, lambda tensor: [("a.weight", tensor)], format)
+        kernels.grouped_linear(codes, parts, [20, 0, 30, 1, 2, 3, 4, 40], format)
+
+    run()
+    for kept in (kernels._known, kernels._known_on, kernels._places, kernels._addresses, kernels._runs_of):
+        kept.cache_clear()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_captured() -> None:
+    """What needs no table can be captured in a graph; what needs one that is not there says so."""
+    format = Format()
+    weights = [(torch.randn(256, 384, device="cuda") * 0.02).bfloat16() for _ in range(8)]
+    expected = [Quantised(*(part.clone() for part in each)) for each in kernels.quantise_weights(weights[:2], format)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = kernels.quantise_weights(weights[:2], format)
+        try:
+            kernels.quantise_weights(weights, format)
+            refused = ""
+        except PluginError as error:
+            refused = str(error)
+    assert "CUDA graph" in refused
+    graph.replay()
+    for left, right in zip(found, expected, strict=True):
+        require_same(left, right, "captured")
+
+
 def main(device: str) -> None:
     torch.manual_seed(0)
     formats = FORMATS if device == "cuda" else FORMATS[::3]
@@ -184,6 +280,8 @@ def main(device: str) -> None:
     if device == "cuda":
         check_large()
         check_streams()
+        check_nothing_waits()
+        check_captured()
     print(f"{weights} weights equal, {products} products near, on {device}")
 
 

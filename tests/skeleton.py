@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -65,10 +66,18 @@ def _modules(release: Release) -> dict[str, str]:
             classes[home, home_owner].append(_member(name, trait))
         elif trait.kind != "module":
             rest[home].append(_member(name, trait).replace("    ", ""))
-    for (module, name), members in classes.items():
-        if (module, name) not in imported:
-            body = "".join(dict.fromkeys(members)) or "    ...\n"
-            rest[module].append(f"class {name}({bases.get((module, name), '')}):\n{body}")
+    for module, name in list(classes):  # what is around a class in a class need not have a target of its own
+        classes[module, name.partition(".")[0]] += []
+    for (module, name), members in sorted(classes.items(), key=lambda each: -each[0][1].count(".")):
+        if (module, name) in imported:
+            continue
+        body = "".join(dict.fromkeys(members)) or "    ...\n"
+        outer, _, inner = name.rpartition(".")
+        text = f"class {inner}({bases.get((module, name), '')}):\n{body}"
+        if outer:
+            classes[module, outer].append(textwrap.indent(text, "    "))
+        else:
+            rest[module].append(text)
     lines = {module: [*dict.fromkeys(imports[module]), *dict.fromkeys(texts)] for module, texts in rest.items()}
     return {module: "\n".join(texts) + "\n" for module, texts in lines.items()}
 

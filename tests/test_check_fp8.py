@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from miles_plugins import activation
+from miles_plugins.compat import fp8_upstream
+from miles_plugins.compat.source import reading_from
 from miles_plugins.entrypoints.check_fp8 import check_fp8, parse
 from miles_plugins.errors import PluginError
 from miles_plugins.fp8_unified import facts as facts_module
@@ -85,7 +88,7 @@ def elsewhere(monkeypatch):
 
 
 def run(*flags: object) -> Result:
-    return CliRunner().invoke(check_fp8, [str(flag) for flag in flags])
+    return CliRunner(env={"COLUMNS": "160"}).invoke(check_fp8, [str(flag) for flag in flags])
 
 
 def verdicts(*flags: object) -> dict[str, set[str]]:
@@ -125,7 +128,7 @@ def test_a_launch_that_does_not_shows_both_sides_the_cost_and_the_fix(tmp_path):
     assert "trainer pow2 (from --train-env-vars), rollout fp32" in words
     assert "expected fp32 on both sides" in words
     assert "costs 3.7 %" in words
-    assert f'→ --train-env-vars \'{{"{VARIABLE}": "1"}}\'' in words
+    assert f'→ set --train-env-vars \'{{"{VARIABLE}": "1"}}\'' in words
     assert "1 denied" in result.output.splitlines()[-1]
 
 
@@ -153,6 +156,7 @@ def test_json_has_every_field(tmp_path):
     [
         (["--hf-checkpoint", "/nowhere/at/all"], "is no folder here"),
         (["--gpu", "voodoo2"], "this GPU is not known"),
+        (["--gpu", "voodoo2"], "such as 9.0"),
         (["--tensor-model-parallel-size", "two"], "invalid int value"),
         (["--train-env-vars", "{oops"], "--train-env-vars is not JSON"),
         (["--train-env-vars", "[1]"], "--train-env-vars is not a JSON object"),
@@ -165,6 +169,7 @@ def test_what_cannot_be_understood_is_one_readable_error(flags, words):
     result = run(*flags)
     assert result.exit_code == 1
     assert words in result.output
+    assert "next" in result.output
     assert "Traceback" not in result.output
 
 
@@ -178,7 +183,7 @@ def test_the_gpu_is_named_for_both_sides_or_for_the_engine_alone(tmp_path):
     flags = ["--hf-checkpoint", checkpoint(tmp_path), *BLOCKWISE]
     assert denied(*flags) == set()
     assert {"fp8.emulated-blocks", "fp8.scale-kind"} <= denied("--gpu", "b200", *flags)
-    assert denied("--engine-gpu", "B200", *flags) == {"fp8.scale-kind", "fp8.post-process"}
+    assert denied("--engine-gpu", "B200", *flags) == {"fp8.scale-kind"}
     assert "fp8.compute-capability" in denied("--gpu", "8.0", *flags)
 
 
@@ -547,6 +552,47 @@ def test_the_rest_of_the_flags():
     assert (engine.quantization, engine.config_file, engine.device) == ("fp8", True, "cuda")
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--fp16",
+        "--moe-apply-probs-on-input",
+        "--delay-wgrad-compute",
+        "--use-transformer-engine-op-fuser",
+        "--moe-use-legacy-grouped-gemm",
+    ],
+)
+def test_flags_that_compute_past_the_layers(tmp_path, flag):
+    flags = ["--plugins", "fp8", "--hf-checkpoint", checkpoint(tmp_path)]
+    assert denied(*flags) == set()
+    assert denied(*flags, flag) == {"fp8.trainer-layers"}
+    assert denied(*flags, flag, "--fp8-train", "off") == set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "plugin"), [("", False), ("--plugins r3", False), ("--plugins r3,fp8", True), ("--fp8-train off", True)]
+)
+def test_whether_the_plugin_makes_the_update(flags, plugin):
+    here = replace(ALL_SEEN, weight_session=True)
+    facts = from_args(parse(flags.split())[0], {}, None, here)
+    assert facts.plugin is plugin
+    assert facts.packs_at_source is not plugin
+    assert facts.engine.weight_session is plugin  # slime opens no session
+    assert not facts.embedded
+    assert from_args(Namespace(), {}).embedded
+
+
+def test_the_plugin_on_blackwell_needs_powers_of_two_and_a_session(tmp_path, monkeypatch):
+    flags = ["--plugins", "fp8", "--gpu", "b200", "--hf-checkpoint"]
+    assert denied(*flags, checkpoint(tmp_path)) == {"fp8.scale-kind", "fp8.post-process"}
+    folder = checkpoint(tmp_path, scale=0.25, scale_fmt="ue8m0")
+    assert denied(*flags, folder) == {"fp8.post-process"}
+    assert denied("--plugins", "fp8", "--hf-checkpoint", folder) == set()  # on Hopper activations are fp32's
+    here = replace(ALL_SEEN, weight_session=True)
+    monkeypatch.setattr("miles_plugins.entrypoints.check_fp8.look_here", lambda: here)
+    assert denied(*flags, folder) == set()
+
+
 def test_flags_are_never_abbreviated_or_swallowed():
     args, rest = parse(
         ["--sglang-cuda-graph-bs", "1", "2", "--save", "x", "--num-rollout", "3", "--hf-checkpoint", "y"]
@@ -595,8 +641,8 @@ SOURCES = {  # what the rules' facts are found by, as these releases write it
 @pytest.mark.parametrize(
     ("release", "mtp", "upstream"),
     [
-        ("v0.2.1", "self.transformer_layer = ", Upstream(True, True, False, True)),
-        ("main", "self.mtp_model_layer = ", Upstream(False, False, True, False)),
+        ("v0.2.1", "self.transformer_layer = ", Upstream(True, True, False, True, False)),
+        ("main", "self.mtp_model_layer = ", Upstream(False, False, True, False, False)),
     ],
 )
 def test_releases_are_told_apart_by_their_files(tmp_path, monkeypatch, release, mtp, upstream):
@@ -606,20 +652,43 @@ def test_releases_are_told_apart_by_their_files(tmp_path, monkeypatch, release, 
     }
     texts["slime.backends.megatron_utils.update_weight.common"] = "transformer_layer"
     texts["megatron.core.transformer.multi_token_prediction"] = mtp
-    texts["sglang.srt.entrypoints.http_server"] = '@app.post("/post_process_weights")'
+    texts["sglang.srt.entrypoints.http_server"] = '@app.post("/begin_weight_update")'
     texts["torch.version"] = "__version__ = '2.9.1+cu129'\ncuda: Optional[str] = '12.9'\n"
     gpus = tmp_path / "0000:01:00.0"
     gpus.mkdir()
     (gpus / "information").write_text("Model: \t\t NVIDIA H200\nIRQ: 1\n")
-    monkeypatch.setattr(facts_module, "_text", texts.get)
+    monkeypatch.setattr(fp8_upstream, "text_of", texts.get)
     monkeypatch.setattr(facts_module, "NVIDIA_GPUS", tmp_path)
     here = look_here()
     assert here.upstream == upstream
     assert (here.capability, here.cuda, here.weight_session) == (90, (12, 9), True)
 
 
+def test_a_release_without_sessions_whose_deltas_leave_tensors_out(monkeypatch):
+    texts = {
+        "sglang.srt.entrypoints.http_server": '@app.post("/post_process_weights")',
+        "slime.ray.actor_group": "",
+        "slime.backends.megatron_utils.update_weight.update_weight_from_distributed_delta": "",
+    }
+    monkeypatch.setattr(fp8_upstream, "text_of", texts.get)
+    here = look_here()
+    assert here.weight_session is False
+    assert here.upstream.delta_leaves_tensors_out is True
+
+
+def test_a_source_is_found_without_an_import(tmp_path):
+    (tmp_path / "made_up").mkdir()
+    (tmp_path / "made_up" / "__init__.py").write_text("raise SystemExit")
+    (tmp_path / "made_up" / "part.py").write_text("x = 1")
+    with reading_from(tmp_path):
+        assert fp8_upstream.text_of("made_up") == "raise SystemExit"
+        assert fp8_upstream.text_of("made_up.part") == "x = 1"
+        assert fp8_upstream.text_of("made_up.other") is None
+        assert fp8_upstream.text_of("nothing.at.all") is None
+
+
 def test_a_machine_with_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(facts_module, "_text", lambda module: None)
+    monkeypatch.setattr(fp8_upstream, "text_of", lambda module: None)
     monkeypatch.setattr(facts_module, "NVIDIA_GPUS", tmp_path / "none")
     monkeypatch.setattr(facts_module, "_installed", lambda *names: None)
     assert look_here() == Here(transformer_engine="")

@@ -6,6 +6,7 @@ rehearsal in test_upstream.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -22,10 +23,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from miles_plugins import PluginError  # noqa: E402
-from miles_plugins.compat.sglang_weights import BEGIN, END  # noqa: E402
+from miles_plugins.compat.sglang_weights import BEGIN, END, model_of  # noqa: E402
 from miles_plugins.patches.sglang import weights  # noqa: E402
 from miles_plugins.patches.slime import weight_update  # noqa: E402
 from tests.test_activation import plugins  # noqa: E402
+from tests.wheels import unpacked_wheel  # noqa: E402
 
 FULL = {"experts.1.a": 1, "norm": 1}
 
@@ -172,7 +174,38 @@ def test_an_sglang_with_sessions_restores_and_packs_by_itself(
     assert events == ["load", "judge {'a': 1, 'b': 1}"]
 
 
-def test_a_kernel_without_a_way_back_is_refused_by_name(model: Model, events: list[str]) -> None:
+@pytest.mark.parametrize("name", ["scheme", "restore_weights_before_loading"])
+def test_packed_weights_that_no_layer_makes_loadable_again_are_refused(
+    model: Model, events: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As where SGLang calls it something else: new weights would be loaded into what the kernel has made of the old."""
+    monkeypatch.delattr(model.experts if name == "scheme" else Scheme, name)
+    act(model, BEGIN)  # nothing of this checkpoint was packed
+    model.load_weights([("a", torch.zeros(1)), ("b", torch.zeros(1))])
+    act(model, END)
+    events.clear()
+    model.load_weights([("experts.0.w1.weight_packed", torch.zeros(1))])
+    with pytest.raises(PluginError, match=r"no layer(?s:.*)experts\.0\.w1\.weight_packed"):
+        act(model, BEGIN)
+    assert events == ["load"]
+
+
+def test_what_a_plugin_unpacks_needs_no_way_back(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SGLang on the CPU is given its weights."""
+    del model.experts.scheme
+    given = plugins(receive_weights=lambda named_tensors: [(n.replace("_packed", ""), t) for n, t in named_tensors])
+    monkeypatch.setattr(weights, "current", lambda: Namespace(plugins=given, hook=given.hook))
+    model.load_weights([("experts.0.w1.weight_packed", torch.zeros(1))])
+    assert list(model.loaded) == ["experts.0.w1.weight"]
+    act(model, BEGIN)
+
+
+@pytest.mark.parametrize("sessions", [False, True])
+def test_a_kernel_without_a_way_back_is_refused_by_name(
+    model: Model, events: list[str], monkeypatch: pytest.MonkeyPatch, sessions: bool
+) -> None:
+    """SGLang's sessions ask Triton's layers, too: they inherit Marlin's way back, which is not theirs."""
+    monkeypatch.setattr(weights, "has_update_sessions", lambda: sessions)
     model.experts.is_triton_converted = True
     with pytest.raises(PluginError, match=r"experts cannot be replaced(?s:.*)marlin"):
         act(model, BEGIN)
@@ -272,6 +305,79 @@ def test_sglangs_own_actions_stay_its_own() -> None:
         "checker",
         "snapshot",
     )
+
+
+# -- what each SGLang is relied on for ---------------------------------------------------------------------------------
+
+COMPRESSED = "layers/quantization/compressed_tensors"
+
+
+class Source:
+    """The classes of a release's files, unpacked and not imported: their kernels need a GPU."""
+
+    def __init__(self, version: str) -> None:
+        self.folder = unpacked_wheel("sglang", version) / "sglang" / "srt"
+
+    def text(self, file: str) -> str:
+        return (self.folder / file).read_text(encoding="utf-8")
+
+    def members(self, file: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+        """The classes and functions of a file, by name."""
+        body = ast.parse(self.text(file)).body
+        return {each.name: each for each in body if isinstance(each, (ast.ClassDef, ast.FunctionDef))}
+
+    def methods(self, file: str, name: str) -> dict[str, str]:
+        """The methods of a class by name, as text."""
+        found = self.members(file)[name]
+        return {each.name: ast.unparse(each) for each in found.body if isinstance(each, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("version", ["0.5.9", "0.5.12.post1", "0.5.15.post1", "0.5.23"])
+def test_each_sglang_has_what_an_update_of_packed_weights_relies_on(version: str) -> None:
+    sglang, sessions = Source(version), version == "0.5.23"
+
+    checker = sglang.methods("utils/weight_checker.py", "WeightChecker")
+    assert re.search(r"def handle\(self, action: str", checker["handle"])
+    kept = "self._get_model = get_model" if sessions else "self._model_runner = model_runner"
+    assert kept in checker["__init__"]  # compat.sglang_weights.model_of
+
+    loader = sglang.members("model_loader/loader.py")
+    assert {"_initialize_model", "device_loading_context"} <= set(loader)
+
+    config = sglang.methods(f"{COMPRESSED}/compressed_tensors.py", "CompressedTensorsConfig")
+    assert "layer.scheme = self.get_moe_scheme(layer=layer, layer_name=prefix)" in config["get_quant_method"]
+    assert "return CompressedTensorsWNA16MoE(self" in config["get_moe_scheme"]
+
+    experts = f"{COMPRESSED}/schemes/compressed_tensors_wNa16_moe.py"
+    marlin = sglang.methods(experts, "CompressedTensorsWNA16MoE")
+    for method in ("restore_weights_before_loading", "process_weights_after_loading"):
+        assert marlin[method].startswith(f"def {method}(self, layer: torch.nn.Module)")
+    # Triton's inherits the way back, and marks what has none.
+    triton = sglang.members(experts)["CompressedTensorsWNA16TritonMoE"]
+    assert [ast.unparse(base) for base in triton.bases] == ["CompressedTensorsWNA16MoE"]
+    converted = sglang.methods(experts, "CompressedTensorsWNA16TritonMoE")
+    assert "layer.is_triton_converted = True" in converted["process_weights_after_loading"]
+    assert "restore_weights_before_loading" not in converted
+    # Dense layers have none: `refusals` takes experts only.
+    dense = sglang.methods(f"{COMPRESSED}/schemes/compressed_tensors_wNa16.py", "CompressedTensorsWNA16")
+    assert "restore_weights_before_loading" not in dense
+
+    of_experts = sglang.methods("layers/moe/fused_moe_triton/layer.py", "FusedMoE")["__init__"]
+    assert all(f"self.{name} = " in of_experts for name in ("moe_ep_size", "moe_ep_rank"))  # `_require_own`
+
+    assert ("BeginWeightUpdateReqInput" in sglang.members("managers/io_struct.py")) == sessions
+    if sessions:
+        updater = sglang.methods("model_executor/model_runner_components/weight_updater.py", "WeightUpdater")
+        assert "DefaultModelLoader.restore_weights_before_loading(" in updater["begin_weight_update"]
+        assert "DefaultModelLoader.postprocess_weights(" in updater["end_weight_update"]
+        method = sglang.methods(f"{COMPRESSED}/compressed_tensors.py", "CompressedTensorsFusedMoEMethod")
+        for name in ("restore_weights_before_loading", "process_weights_after_loading"):
+            assert f"layer.scheme.{name}(layer)" in method[name]
+
+
+def test_the_model_is_found_in_either_checker() -> None:
+    assert model_of(Namespace(_model_runner=Namespace(model="old"))) == "old"
+    assert model_of(Namespace(_get_model=lambda: "new")) == "new"
 
 
 # -- slime's engine --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ BF16_TRAINER = differences.ALONE
 POW2_TRAINER, TWICE = "powers of two in the trainer alone", "quantised twice by the engine"
 FOLDED = ("probabilities before fc2", "probabilities before fc2, powers of two")
 SLIMES = ("weights by slime's weight update", "weights by slime's converter")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices are so small here that threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 # -- a small model, computed as each side -----------------------------------------------------------------------------
 
@@ -94,9 +104,10 @@ def test_what_a_disagreement_costs(tables: Any, name: str, least: float, most: f
     assert all(least < share < most for share in shares(tables, name)), shares(tables, name)
 
 
-def test_probabilities_before_quantisation_cost_more_with_powers_of_two(tables: Any) -> None:
+def test_probabilities_before_quantisation_cost_alike_with_either_scales(tables: Any) -> None:
+    """Below compute capability 10 activations have float32 scales, whatever the weights have."""
     pairs = zip(shares(tables, FOLDED[0]), shares(tables, FOLDED[1]), strict=True)
-    assert all(powers_of_two > 1.05 * fp32 for fp32, powers_of_two in pairs)
+    assert all(0.5 * fp32 < powers_of_two < 2 * fp32 for fp32, powers_of_two in pairs)
 
 
 @pytest.mark.parametrize("name", SLIMES)
@@ -184,7 +195,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     groups=st.integers(1, 3),
     heads=st.integers(1, 3),
@@ -211,7 +222,7 @@ def test_query_key_and_value(
     assert same(torch.cat(alone, dim=1), expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(inner=WIDTHS, k=WIDTHS, tokens=st.integers(1, 9), format=FORMATS, seed=SEEDS)
 def test_gate_and_up_and_down(inner: int, k: int, tokens: int, format: Format, seed: int) -> None:
     gate, up, down = drawn(seed, inner, k), drawn(seed + 1, inner, k), drawn(seed + 2, k, inner)
@@ -226,7 +237,7 @@ def test_gate_and_up_and_down(inner: int, k: int, tokens: int, format: Format, s
     assert same(found, torch.nn.functional.linear(h, parameter))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any),
     inner=WIDTHS,
@@ -249,7 +260,7 @@ def test_experts(rows: list[int], inner: int, k: int, sglangs: bool, format: For
         assert same(found, torch.cat(expected))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(n=WIDTHS, k=WIDTHS, tokens=st.integers(2, 40), format=FORMATS, seed=SEEDS)
 def test_a_row_is_the_same_alone_and_in_any_batch(n: int, k: int, tokens: int, format: Format, seed: int) -> None:
     weight, x = drawn(seed, n, k), drawn(seed + 1, tokens, k)

@@ -21,6 +21,7 @@ from miles_plugins.fp8_unified import plugin, travel  # noqa: E402
 from miles_plugins.fp8_unified.blockwise import Format, Quantised, quantise_weight  # noqa: E402
 from miles_plugins.fp8_unified.checkpoint import Declared  # noqa: E402
 from miles_plugins.fp8_unified.chosen import Chosen  # noqa: E402
+from miles_plugins.patches.slime import gather  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = 2
@@ -129,6 +130,74 @@ def test_a_converter_that_does_more_than_to_pick_rows_is_refused() -> None:
     for name, convert in wrong.items():
         with pytest.raises(UpstreamError, match=name):
             travel.decode(name, woven, convert, FORMAT)
+
+
+def test_rows_that_a_converter_takes_by_turns_are_found() -> None:
+    """As query, key and value are of slime's Qwen3: a view, a split and a reshape."""
+    weight = random_weight(8 * 128, 256)
+    (woven,) = travel.encode([weight], FORMAT)
+    seen = []
+
+    def convert(tensor: Any) -> Any:
+        seen.append(tensor)
+        parts = torch.split(tensor.view(2, -1, 128, 256), [2, 1, 1], dim=1)
+        return [(f"{name}.weight", part.reshape(-1, 256)) for name, part in zip("qkv", parts, strict=True)]
+
+    for layer in (31, 32):
+        found = travel.decode(f"turns.{layer}.linear_qkv.weight", woven, convert, FORMAT)
+        for (_, pair), (_, part) in zip(found, convert(weight), strict=True):
+            assert same(pair, quantise_weight(part.contiguous(), FORMAT))
+    numbers = [tensor for tensor in seen if tensor.dtype == torch.int32]
+    assert [each.untyped_storage().nbytes() for each in numbers] == [4 * 8 * 128]  # once, and one column in memory
+
+    def strict(tensor: Any) -> Any:
+        return [("a.weight", tensor.view(-1).view(1024, 256))]
+
+    ((_, whole),) = travel.decode("strict.weight", woven, strict, FORMAT)
+    assert same(whole, quantise_weight(weight, FORMAT))
+
+
+class CountingEncoding:
+    """One byte of each row; counts what is encoded together."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def encode(self, parameters: Any) -> Any:
+        self.calls.append(len(parameters))
+        return [parameter[:, :1].to(torch.uint8) for parameter in parameters]
+
+
+def test_what_slime_leaves_out_of_a_walk_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding = CountingEncoding()
+    monkeypatch.setattr(gather, "_encoding", lambda args, name, *others: encoding if "fc" in name else None)
+    monkeypatch.setattr(gather, "CHUNK", 5 * 4 * 4 * 4)
+    names = [f"{layer}.{name}" for layer in range(4) for name in ("fc", "norm", "experts.fc1", "experts.fc2")]
+    parameters = {f"layers.{name}": torch.nn.Parameter(torch.full((4, 4), float(i))) for i, name in enumerate(names)}
+    for parameter in parameters.values():
+        parameter.tensor_model_parallel = True
+
+    def walk(experts: bool) -> Any:
+        for name, parameter in gather._encoded(Namespace(), parameters.items()):
+            if (".experts." in name) == experts:
+                yield name, parameter
+
+    for experts, expected in ((False, 4), (True, 8)):
+        encoding.calls.clear()
+        held = list(walk(experts))  # as slime v0.3.0's deltas do
+        assert not encoding.calls
+        for name, parameter in held:
+            assert parameter.tensor_model_parallel
+            assert not hasattr(parameter, "parallel_mode")
+            for _ in range(2):
+                assert parameter.data[0, 0] == parameters[name].data[0, 0]
+        assert sum(encoding.calls) == expected > len(encoding.calls)
+        batches = {id(each._batch): each._batch for _, each in held if isinstance(each, gather._Awaiting)}
+        assert sum(batch._done is not None for batch in batches.values()) == 1  # of the others nothing is kept
+        encoding.calls.clear()
+        for _, parameter in walk(experts):
+            assert parameter.data is not None
+        assert sum(encoding.calls) == expected
 
 
 @pytest.fixture(scope="module")

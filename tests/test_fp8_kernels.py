@@ -59,6 +59,7 @@ refused(ValueError, "2 weights for a layout of 1", kernels.quantise_into, [ones,
 refused(ValueError, "the layout has 0 [32, 64]", kernels.quantise_into, [ones.T], bucket, layout, format)
 refused(PluginError, "another block size", kernels.quantise_into, [ones], bucket, layout, Format((64, 64)))
 refused(PluginError, "cannot be quantised", kernels.quantise_weights, [ones.half()], format)
+refused(PluginError, "cannot be quantised", kernels.quantise_weights, [ones] * 8 + [ones.half()], format)
 refused(PluginError, "cannot be quantised", kernels.quantise_rows, ones.half(), format)
 x, weight = kernels.quantise_rows(ones, format), kernels.quantise_weights([ones], format)[0]
 refused(ValueError, "2 weights and 32 rows", kernels.grouped_linear, x, [weight, weight], [32], format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from miles_plugins.fp8_unified.chosen import TRAINED
 from miles_plugins.fp8_unified.rules import (
     BLOCK,
     RULES,
@@ -32,7 +34,12 @@ from miles_plugins.fp8_unified.rules import (
     trainer_matrices,
     ue8m0_parts,
 )
+from miles_plugins.fp8_unified.rules.table import GARBAGE, NOT_MEASURED, REFUSED
 
+VERBS = frozenset(
+    "accept add change convert divide give install leave list make read run serve set take train use watch".split()
+)
+FLAG = """--train-env-vars '{"A": "1"}'"""
 QWEN3_4B = Model(hidden=2560, layers=36, ffn=9728, heads=32, groups=8, head_dim=128)
 QWEN3_30B = Model(hidden=2048, layers=48, heads=32, groups=4, head_dim=128, experts=128, moe_ffn=768)
 DEEPSEEK = Model(
@@ -132,6 +139,11 @@ VARIABLES = {"NVTE_NVFP4_DISABLE_2D_QUANTIZATION": "1", "NVTE_NVFP4_DISABLE_RHT"
 GATHER = {"trainer.param_gather": True}
 OFFLOAD = {**GATHER, "trainer.cpu_offload": True}
 DEEPEP = {"engine.dispatcher": "deepep", "engine.moe_runner": "deep_gemm"}
+PLUGIN = {"plugin": True}
+DELTA = {"update_weight_mode": "delta"}
+LEAVES_OUT = {"upstream.delta_leaves_tensors_out": True}
+B200_ALIGNED = {**B200, **ALIGNED, **PLUGIN}
+B200_UE8M0 = {**B200_ALIGNED, "checkpoint": UE8M0}
 LATER = {"checkpoint": Checkpoint("fp8-tensor", "fp8")}
 
 # rule, verdict, what is changed in UNIFIED so that it says so, and what so that it does not, just beside it.
@@ -209,6 +221,43 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         {"checkpoint": UE8M0, "trainer.fp32_scales": "0"},
         {"checkpoint": UE8M0, "trainer.fp32_scales": "0", **ALIGNED},
     ),
+    ("fp8.scale-kind", "deny", B200_ALIGNED, B200_UE8M0),
+    ("fp8.scale-kind", "deny", B200_ALIGNED, {**B200_ALIGNED, "engine.gemm": "triton"}),
+    ("fp8.scale-kind", "deny", B200_ALIGNED, {**B200_ALIGNED, "engine.device": "cpu"}),
+    ("fp8.scale-kind", "deny", B200_ALIGNED, {**ALIGNED, "checkpoint": UE8M0}),
+    (
+        "fp8.scale-kind",
+        "deny",
+        {**B200_ALIGNED, **MOE},
+        {**B200_ALIGNED, **MOE, "checkpoint.kinds": frozenset({"experts"})},  # which do not run in DeepGEMM
+    ),
+    ("fp8.activation-scales", "deny", {**B200_UE8M0, "engine.gemm": "triton"}, B200_UE8M0),
+    ("fp8.activation-scales", "deny", {**B200_UE8M0, **MOE}, {**B200_UE8M0, **MOE, **DEEPEP}),
+    (
+        "fp8.activation-scales",
+        "deny",
+        {**B200_UE8M0, "trainer.capability": 90},
+        {**B200_UE8M0, "trainer.capability": 90, "engine.capability": 90},
+    ),
+    (
+        "fp8.activation-scales",
+        "deny",
+        {**B200_UE8M0, "trainer.capability": 90},
+        {**B200_UE8M0, "trainer.capability": 90, "engine.device": "cpu"},
+    ),
+    (
+        "fp8.trainer-layers",
+        "deny",
+        {**ALIGNED, "trainer.other_layers": ("--fp16",)},
+        {"trainer.other_layers": ("--fp16",)},
+    ),
+    (
+        "fp8.trainer-layers",
+        "deny",
+        {**ALIGNED, "checkpoint.kinds": frozenset({"attention", "indexer"})},
+        {**ALIGNED, "checkpoint.kinds": TRAINED},
+    ),
+    ("fp8.transformer-engine", "deny", {"embedded": True}, {"embedded": True, **ALIGNED}),
     ("fp8.emulated-blocks", "deny", {**B200, "trainer.fp32_scales": "1"}, B200),
     ("fp8.emulated-blocks", "warn", {**B200, **MOE}, B200),
     ("fp8.nvfp4-variables", "warn", NVFP4, {**NVFP4, "trainer.variables": VARIABLES}),
@@ -315,7 +364,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("fp8.torn-layers", "deny", {"torn": frozenset({"model.layers.0.mlp.gate_up_proj"})}, {}),
     ("fp8.scale-packing", "deny", {**B200, **MOE}, {**B200, **MOE, **DEEPEP}),
-    ("fp8.scale-packing", "deny", {**B200, **MOE}, {**B200, **MOE, "runner_aware_sync": True}),
+    ("fp8.scale-packing", "deny", {**B200, **MOE}, {**B200, **MOE, **PLUGIN}),
     (
         "fp8.scale-packing",
         "deny",
@@ -324,12 +373,29 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("fp8.scale-packing", "deny", {**B200, "model.hidden": 2624}, {"model.hidden": 2624}),
     ("fp8.scale-packing", "deny", {**B200, "model.ffn": 9760}, {**B200, "model.ffn": 9728}),
-    ("fp8.delta", "deny", {**B200, "update_weight_mode": "delta"}, {"update_weight_mode": "delta"}),
+    ("fp8.scale-packing", "deny", {**B200, "model.ffn": 9760}, {**B200, "model.ffn": 9760, **PLUGIN}),
+    ("fp8.delta", "deny", {**B200, **DELTA}, DELTA),
+    ("fp8.delta", "deny", {**B200, **DELTA}, {**B200, **DELTA, **PLUGIN}),
+    ("fp8.delta", "deny", {**DELTA, **PLUGIN, **LEAVES_OUT}, {**DELTA, **LEAVES_OUT}),
+    ("fp8.delta", "deny", {**DELTA, **PLUGIN, **LEAVES_OUT}, {**DELTA, **PLUGIN}),
     (
         "fp8.saved-scales",
         "deny",
         {**B200, "save_hf": True, "upstream.unpacks_saved_scales": False},
         {"save_hf": True, "upstream.unpacks_saved_scales": False},
+    ),
+    (
+        "fp8.saved-scales",
+        "deny",
+        {**B200, "save_hf": True, "upstream.unpacks_saved_scales": False},
+        {**B200, "save_hf": True, "upstream.unpacks_saved_scales": False, **PLUGIN},
+    ),
+    ("fp8.post-process", "deny", {**B200, **PLUGIN, "engine.weight_session": False}, {**B200, **PLUGIN}),
+    (
+        "fp8.post-process",
+        "deny",
+        {**B200, **PLUGIN, "engine.weight_session": False},
+        {**B200, "engine.weight_session": False},
     ),
     (
         "fp8.post-process",
@@ -386,7 +452,9 @@ def test_every_decision_says_all_that_a_reader_needs():
         assert each.expected
         assert reasons[each.rule]
         assert each.verdict == "allow" or (each.next and each.cost)
-        assert "\n" not in each.found + each.expected + each.next + each.cost
+        assert "\n" not in each.sentence
+        assert not re.search(r"\.\.|\s\s|[,;:]\.|costs (the|wrong|not)|None", each.sentence), each.sentence
+        assert not each.next or each.next.split()[0] in VERBS, each.next
 
 
 def test_denials_come_first():
@@ -410,6 +478,20 @@ def test_a_decision_that_leaves_its_reader_alone_is_refused(wrong):
     Decision(**whole)
     with pytest.raises(ValueError, match=r"fp8\.x"):
         Decision(**whole | wrong)
+
+
+@pytest.mark.parametrize(
+    ("cost", "next", "sentence"),
+    [
+        ("3.7 % of it", "use --plugins fp8,r3", "a; expected b. It costs 3.7 % of it. Use --plugins fp8,r3."),
+        (NOT_MEASURED, "take it out", "a; expected b. What it costs was not measured. Take it out."),
+        (REFUSED, f"set {FLAG}", f"a; expected b. The consequence: the run fails by itself, later. Set {FLAG}"),
+        (GARBAGE, "do it", "a; expected b. The consequence: wrong weights, without an error. Do it."),
+    ],
+)
+def test_a_decision_is_a_sentence(cost, next, sentence):
+    assert Decision("fp8.x", "deny", "a", "b", cost, next).sentence == sentence
+    assert Decision("fp8.x", "allow", "a", "b").sentence == "a; expected b."
 
 
 def test_a_rule_hands_its_cost_on_unless_the_answer_has_one():
@@ -477,10 +559,9 @@ def test_the_matrix(recipe, rollout, capability):
 @pytest.mark.parametrize("rollout", ROLLOUTS)
 def test_the_aligned_forward_asks_for_blocks_and_for_no_variable(rollout, value, capability):
     facts = change(UNIFIED, {**ALIGNED, "trainer.fp32_scales": value, "checkpoint": ROLLOUTS[rollout]})
-    facts = change(facts, {"engine.capability": capability, "engine.weight_session": True})
-    fits = rollout in ("fp8", "fp8-ue8m0")
-    rules = None if capability == 90 else [rule.id for rule in RULES if rule.id != "fp8.loaded-scales"]
-    assert worst(facts, rules) == ("allow" if fits else "deny")
+    both = {"engine.capability": capability, "trainer.capability": capability, "engine.weight_session": True}
+    fits = rollout == "fp8-ue8m0" or (rollout == "fp8" and capability == 90)
+    assert worst(change(facts, {**both, **PLUGIN})) == ("allow" if fits else "deny")
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
@@ -532,6 +613,55 @@ def test_folded_probabilities_cost_more_with_powers_of_two(scales, cost):
     assert cost in only(facts, "fp8.router-probabilities", "warn").cost
 
 
+@pytest.mark.parametrize(
+    ("changes", "offered"),
+    [
+        ({"trainer.fp32_scales": "0"}, True),
+        ({"checkpoint": UE8M0, "trainer.fp32_scales": "1"}, True),
+        ({**B200, "trainer.fp32_scales": "1"}, False),  # the engine would quantise the fp32-scaled weights again
+        ({**B200, "trainer.fp32_scales": "1", "checkpoint": UE8M0}, True),
+        ({**B200, "engine.gemm": "triton"}, True),
+    ],
+)
+def test_aligned_is_offered_only_where_it_is_allowed(changes, offered):
+    facts = change(UNIFIED, changes)
+    assert ("aligned" in only(facts, "fp8.scale-kind", "deny").next) is offered
+    kinds = ("fp8.scale-kind", "fp8.activation-scales")
+    assert (worst(change(facts, ALIGNED), kinds) == "allow") is offered
+
+
+def test_scales_that_are_quantised_again_say_until_when():
+    assert "until the first weight update" in only(change(UNIFIED, B200), "fp8.loaded-scales", "warn").cost
+    ours = only(change(UNIFIED, {**B200, **PLUGIN}), "fp8.loaded-scales", "warn")
+    assert "after every weight update" in ours.cost
+
+
+def test_the_embedded_host_does_not_blame_a_flag_that_nobody_gave():
+    changes = {"trainer.recipe": "none", "trainer.transformer_impl": "local", "embedded": True}
+    denied = [each for each in judge(change(UNIFIED, changes)) if each.verdict == "deny"]
+    assert [each.rule for each in denied] == ["fp8.transformer-engine"]
+    assert "--transformer-impl" not in denied[0].sentence
+    assert denied[0].next == "use --fp8-train aligned, or run under slime"
+
+
+@pytest.mark.parametrize(
+    ("changes", "next"),
+    [
+        (B200_ALIGNED, "set --sglang-fp8-gemm-backend triton; or take SGLang"),
+        ({**MOE, "engine.moe_runner": "marlin"}, "set --sglang-moe-runner-backend triton; or take SGLang"),
+        (
+            {**B200_ALIGNED, **MOE},
+            "set --sglang-fp8-gemm-backend triton --sglang-moe-runner-backend triton; or take SGLang",
+        ),
+        ({"engine.capability": 80}, "take SGLang with update sessions"),
+        ({"checkpoint": Checkpoint("mxfp8", "mxfp8")}, "take SGLang with update sessions"),
+    ],
+)
+def test_a_kernel_that_nobody_gives_its_weights_is_named_with_one_that_takes_them(changes, next):
+    denied = only(change(UNIFIED, {**changes, "engine.weight_session": False}), "fp8.post-process", "deny")
+    assert denied.next.startswith(next)
+
+
 def test_selections_that_differ_are_printed():
     engine = MODULES - {"model.layers.0.mlp.up_proj"} | {"model.layers.0.mlp.down_proj"}
     facts = change(UNIFIED, {"selections": {"checkpoint": MODULES, "engine": engine}})
@@ -571,10 +701,10 @@ def test_what_cannot_be_seen_is_listed_once():
         ({**MOE, "engine.moe_runner": "marlin", "checkpoint.kinds": frozenset({"attention"})}, False),
         ({"engine.gemm": "flashinfer_trtllm"}, True),
         ({"engine.capability": 80}, True),
-        (B200, True),
-        ({**B200, "packs_at_source": True}, False),
-        ({**B200, "engine.deepgemm": False}, False),
-        ({**B200, "engine.gemm": "triton"}, False),
+        (B200, False),  # slime packs
+        ({**B200, **PLUGIN}, True),
+        ({**B200, **PLUGIN, "engine.deepgemm": False}, False),
+        ({**B200, **PLUGIN, "engine.gemm": "triton"}, False),
         ({**MOE, **B200}, True),
         ({"checkpoint": Checkpoint("mxfp8", "mxfp8")}, True),
         ({"checkpoint": Checkpoint("nvfp4", "modelopt")}, True),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_plugins import PluginError
@@ -63,6 +63,7 @@ def write_safetensors(file: Path, tensors: dict[str, tuple[str, list[int], int]]
 # -- the format -------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     size=st.sampled_from([8, 32, 64, 128, 256]),
     group=st.text(min_size=1),
@@ -138,6 +139,7 @@ parts = st.sampled_from(["model", "layers", "1", "10", "mlp", "gate", "gate_proj
 names = st.lists(parts, min_size=1, max_size=5).map(".".join)
 
 
+@settings(deadline=None)
 @given(names, names)
 def test_a_prefix_ends_at_a_dot(name: str, rule: str) -> None:
     expected = name.split(".")[: rule.count(".") + 1] == rule.split(".")
@@ -181,6 +183,7 @@ def test_a_header_says_what_a_tensor_is(tmp_path: Path, dtype: str) -> None:
     assert [facts.size for facts in read_header(tmp_path / "x").values()] == [15 * width, 4]
 
 
+@settings(deadline=None)
 @given(cut=st.integers(0, 10_000), kind=st.sampled_from(["shorter", "longer", "noise"]))
 def test_a_damaged_file_is_refused(tmp_path_factory: pytest.TempPathFactory, cut: int, kind: str) -> None:
     file = tmp_path_factory.mktemp("damaged") / "model.safetensors"

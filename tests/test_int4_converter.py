@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from miles_plugins import PluginError, conversion
 from miles_plugins.checkpoints import read_header
 from miles_plugins.conversion import RECORD, Converted
+from miles_plugins.embedded.hugging_face import check_model_folder
 from miles_plugins.entrypoints import convert_int4 as command
+from miles_plugins.entrypoints.conversions import sizes
 from miles_plugins.entrypoints.convert_bf16 import convert_bf16
-from miles_plugins.int4_qat import converter
+from miles_plugins.int4_qat import converter, selection
 from miles_plugins.int4_qat.checkpoint import Format, packed_modules, read_format
 from miles_plugins.int4_qat.converter import DEFAULT_IGNORE, convert_to_bf16, convert_to_int4
 from miles_plugins.int4_qat.grid import Grid, Quantised, dequantise, fake_quantise, pack, quantise, unpack
@@ -277,7 +279,7 @@ def test_a_module_may_lie_in_two_files(tmp_path: Path, config_in_text: bool) -> 
     ("name", "tensor", "message", "advice"),
     [
         ("experts.0.up_proj.weight", torch.ones(2, 64), "experts.0.up_proj.weight is not bfloat16", "bf16"),
-        ("experts.0.w1.weight", torch.ones(2, 48).bfloat16(), "w1.weight cannot be quantised in groups", "group size"),
+        ("experts.0.w1.weight", torch.ones(2, 48).bfloat16(), "w1.weight cannot be quantised in groups", "--modules"),
         ("experts.gate_up_proj", torch.ones(2, 64, 64), "gate_up_proj holds several experts", "save_original_format"),
         ("experts.w2.weight", torch.ones(2, 64, 64), "w2.weight holds several experts", "save_original_format"),
         ("experts.0.w2.weight", torch.ones(1, 2, 64).bfloat16(), "w2.weight holds several", "save_original_format"),
@@ -293,6 +295,22 @@ def test_what_cannot_be_packed_is_refused_before_anything_is_written(
         convert_to_int4(source, tmp_path / "int4", GRID)
     assert advice in str(error.value.next)
     assert not (tmp_path / "int4").exists()
+
+
+@pytest.mark.parametrize(
+    ("columns", "advice"),
+    [
+        ((192, 192), "--group-size 64 or 32"),
+        ((192, 96), "--group-size 32"),
+        ((192, 1408), "--group-size 64 or 32"),  # Moonlight's experts
+        ((192, 48), "with --modules"),
+    ],
+)
+def test_it_is_said_which_groups_would_fit(tmp_path: Path, columns: tuple[int, int], advice: str) -> None:
+    experts = {f"m.experts.{i}.w1.weight": torch.ones(2, k).bfloat16() for i, k in enumerate(columns)}
+    with pytest.raises(PluginError, match="cannot be quantised in groups of 128") as error:
+        convert_to_int4(write(tmp_path / "bf16", {"model.safetensors": experts}), tmp_path / "int4", Grid(128))
+    assert f"{advice}:" in str(error.value.next)
 
 
 @pytest.mark.parametrize("where", ["top", "text_config"])
@@ -376,6 +394,9 @@ def test_what_is_not_int4_is_not_unpacked(bf16: Path, tmp_path: Path) -> None:
 def test_a_folder_with_other_files_is_no_target(bf16: Path, tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="its own folder"):
         convert_to_int4(bf16, bf16 / ".." / "bf16", GRID)
+    with pytest.raises(PluginError, match="inside of the checkpoint") as error:
+        convert_to_int4(bf16, bf16 / "new" / "int4", GRID)
+    assert not (bf16 / "new").exists()
     (tmp_path / "int4").mkdir()
     (tmp_path / "int4" / "diary.txt").touch()
     with pytest.raises(PluginError, match="other files in it") as error:
@@ -420,6 +441,37 @@ def test_a_stopped_conversion_goes_on(bf16: Path, tmp_path: Path, calls: int, ba
     finished = states(target)
     assert convert(target) == done  # and once more
     assert states(target) == finished
+
+
+def test_what_is_complete_is_not_written_again(bf16: Path, tmp_path: Path) -> None:
+    target = tmp_path / "int4"
+
+    def written() -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
+
+    first = convert_to_int4(bf16, target, GRID)
+    before, calls = written(), []
+    again = convert_to_int4(bf16, target, GRID, progress=lambda *numbers: calls.append(numbers))
+    assert (first.already, again.already) == (False, True)
+    assert again == first
+    assert calls[-1] == (first.bytes_before, first.bytes_before)
+    assert written() == before
+    (target / "tokenizer.json").unlink()
+    assert not convert_to_int4(bf16, target, GRID).already
+    assert written().keys() == before.keys()
+    config = json.loads((bf16 / "config.json").read_text())
+    (bf16 / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))  # as a refusal asks for
+    assert not convert_to_int4(bf16, target, GRID).already
+    assert json.loads((target / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_a_stopped_conversion_is_no_model(bf16: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        convert_to_int4(bf16, tmp_path / "int4", GRID, progress=stop_after(3))
+    for use in (lambda: selection.read(tmp_path / "int4"), lambda: check_model_folder(tmp_path / "int4")):
+        with pytest.raises(PluginError, match="conversion that did not finish") as error:
+            use()
+        assert "same command again" in str(error.value.next)
 
 
 def test_a_file_that_is_not_whole_is_made_again(bf16: Path, tmp_path: Path) -> None:
@@ -592,10 +644,14 @@ def test_the_commands_convert_there_and_back(bf16: Path, tmp_path: Path) -> None
     lines = done.stdout.splitlines()
     count = len(EXPERTS) + len(DENSE) + len(ATTENTION)
     assert lines[0] == f"{count} weights packed in groups of 32: experts, mlp, attention"
-    assert "GB before" in lines[1]
+    assert "MB before" in lines[1]
     assert "times smaller" in lines[1]
-    flags = f"--hf-checkpoint {tmp_path / 'int4'} --int4-grid snapped --int4-modules experts mlp attention"
-    assert lines[2] == f"next: train on it, `slime-train --plugins int4 {flags} …`, or serve it with SGLang"
+    flags = f"--hf-checkpoint {tmp_path / 'int4'} --int4-grid snapped --int4-modules experts,mlp,attention"
+    assert lines[2] == f"next: serve it with SGLang, or train on the CPU, `slime-train --plugins int4 {flags} …`"
+    note = "note: SGLang on a GPU cannot give dense INT4 layers (mlp, attention) new weights"
+    assert lines[3:] == [f"{note}; to train there, pack experts only"]
+    again = run(command.convert_int4, [*there, "--modules", "experts,mlp,attention"])
+    assert again.stdout.splitlines() == ["already complete, nothing written", *lines]
     assert packed_modules(tmp_path / "int4") == {*EXPERTS, *DENSE, *ATTENTION}
     assert json.loads((tmp_path / "int4" / RECORD).read_text())["kind"] == "snapped"
     done = run(convert_bf16, ["--from", str(tmp_path / "int4"), "--to", str(tmp_path / "back")])
@@ -610,6 +666,8 @@ def test_the_command_packs_experts_in_groups_of_128_by_default(tmp_path: Path) -
     arguments = ["--from", str(tmp_path / "bf16"), "--to", str(tmp_path / "int4")]
     done = CliRunner().invoke(command.convert_int4, arguments)
     assert done.stdout.startswith("1 weights packed in groups of 128: experts\n")
+    flags = f"--plugins int4 --hf-checkpoint {tmp_path / 'int4'}"
+    assert done.stdout.endswith(f"next: train on it, `slime-train {flags} …`, or serve it with SGLang\n")
     assert load(tmp_path / "int4")["a.experts.0.w1.weight_scale"].shape == (2, 2)
 
 
@@ -619,8 +677,20 @@ def test_a_command_says_what_is_wrong(bf16: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith(
         f"Error: {LAYER}mlp.experts.0.down_proj.weight cannot be quantised in groups of 128\n"
     )
-    assert "\n  next      convert the checkpoint with a group size" in done.stderr
+    assert "\n  next      --group-size 32: " in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        (61_100_000_000, 16_800_000_000, "61.1 GB before, 16.8 GB after (3.64 times smaller)"),
+        (999_000_000, 2_000_000_000, "999.0 MB before, 2.0 GB after (2.00 times larger)"),
+        (240_128, 138_000, "0.2 MB before, 0.1 MB after (1.74 times smaller)"),
+    ],
+)
+def test_sizes_are_shown_as_one_reads_them(before: int, after: int, shown: str) -> None:
+    assert sizes(Converted(1, before, after)) == shown
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def weights(draw: st.DrawFn) -> torch.Tensor:
     return found.bfloat16()
 
 
+@settings(deadline=None)
 @given(weights(), grids)
 def test_every_code_is_the_nearest(weight: torch.Tensor, grid: Grid) -> None:
     """Judged in float64, apart from exact ties of the float32 quotient."""
@@ -72,6 +73,7 @@ def test_every_code_is_the_nearest(weight: torch.Tensor, grid: Grid) -> None:
     assert distance.max() <= 0.5 + 1e-6
 
 
+@settings(deadline=None)
 @given(weights(), grids)
 def test_packing_loses_nothing(weight: torch.Tensor, grid: Grid) -> None:
     found = quantise(weight, grid)
@@ -85,6 +87,7 @@ def test_packing_loses_nothing(weight: torch.Tensor, grid: Grid) -> None:
     assert bits(dequantise(Quantised(unpack(packed), found.scale))) == bits(fake_quantise(weight, grid))
 
 
+@settings(deadline=None)
 @given(weights(), grids)
 def test_what_is_on_the_grid_stays(weight: torch.Tensor, grid: Grid) -> None:
     once = fake_quantise(weight, grid)
@@ -111,6 +114,45 @@ def test_ties_go_to_even_and_zeros_are_positive() -> None:
     found = quantise(weight.bfloat16(), Grid(32))
     assert found.codes[0, :6].tolist() == [7, 0, 2, -2, 0, 0]
     assert bits(fake_quantise(weight.bfloat16(), Grid(32)))[4:6] == [0, 0]
+
+
+@settings(deadline=None)
+@given(st.integers(-60, 60), st.sampled_from(KINDS), st.sampled_from(SIZES))
+def test_beside_a_tie_the_nearer_code_is_taken(exponent: int, kind: str, size: int) -> None:
+    """Halves of a step, and the bfloat16 numbers just below and above: an ulp decides."""
+    if kind == "stock" and exponent < -14:
+        exponent = -14  # smaller steps are the smallest there
+    step = 2.0**exponent  # 7 steps times float32(1/7) are exactly this
+    halves = torch.arange(7) + 0.5
+    ties = torch.cat([halves, -halves]).mul(step).bfloat16()
+    nearest = {  # the sign is the highest bit: one more in the word is one ulp away from zero
+        0: 2 * (halves / 2).round(),
+        1: halves + 0.5,
+        -1: halves - 0.5,
+    }
+    for ulp, codes in nearest.items():
+        weight = torch.zeros(1, size).bfloat16()
+        weight[0, :14] = (ties.view(torch.int16) + ulp).view(torch.bfloat16)
+        weight[0, 14] = 7 * step
+        found = quantise(weight, Grid(size, kind))
+        assert found.scale[0, 0] == step
+        assert found.codes[0, :14].tolist() == [*codes.int().tolist(), *(-codes).int().tolist()], ulp
+
+
+def test_all_sixteen_codes_are_unpacked() -> None:
+    """Other tools' checkpoints have -8 as well, which the engine's kernel takes for what it is."""
+    every = list(range(-8, 8))
+    words = torch.tensor([[0x76543210, 0xFEDCBA98 - 2**32], [0xFEDCBA98 - 2**32, 0x00000000]], dtype=torch.int32)
+    found = unpack(words)
+    assert found.dtype == torch.int8
+    assert found.tolist() == [every, [*range(8), *[-8] * 8]]
+    assert torch.equal(pack(found), words)
+    scale = torch.tensor([[0.75, 2.0], [1.0, 3.0]]).bfloat16()
+    values = dequantise(Quantised(found, scale))
+    assert values.tolist() == [
+        [0.75 * code for code in every[:8]] + [2.0 * code for code in every[8:]],
+        [*map(float, range(8)), *[-24.0] * 8],
+    ]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -167,7 +209,3 @@ def test_the_kernels_equal_the_reference() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == f"96 weights equal on {device}\n" or device == "cuda"
-
-
-settings.register_profile("int4", deadline=None)
-settings.load_profile("int4")

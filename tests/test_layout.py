@@ -136,7 +136,7 @@ SHARED = tuple(
 # A read-only look at SGLang, which only its seam may name; and at the files of what is installed.
 ALSO_ALLOWED = {
     "r3_replay": {f"miles_plugins.patches.sglang.routing.{name}" for name in ("capturer", "switched_off")},
-    "fp8_unified": {f"miles_plugins.compat.source.{name}" for name in ("find_module", "has_package")},
+    "fp8_unified": {"miles_plugins.compat.fp8_upstream"},
 }
 
 

@@ -15,9 +15,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
+from miles_plugins import products  # noqa: E402
 from miles_plugins.errors import PluginError, UpstreamError  # noqa: E402
 from miles_plugins.hookspecs import hookimpl  # noqa: E402
-from miles_plugins.linears import Linear, Substitute, attach, linear_layers, offer  # noqa: E402
+from miles_plugins.linears import Linear, Substitute, attach, linear_layers, offer, used_weight  # noqa: E402
 from miles_plugins.manager import Installed, Plugin, Plugins  # noqa: E402
 
 nn = torch.nn
@@ -198,6 +199,61 @@ def test_layers_that_cannot_be_reached_are_refused_by_name() -> None:
         attach(the_linear(grouped), double, "some_plugin")
 
 
+class StandInLinear(nn.Module):
+    """Stands for Megatron's Column- or RowParallelLinear, which hands its weight to `_forward_impl`."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape or (3, 4)))
+
+    def _forward_impl(self, x: Any, weight: Any) -> Any:
+        return x @ used_weight(self, weight).t()
+
+
+def test_a_transformer_engine_that_asks_nobody_is_refused() -> None:
+    old = type("Linear", (nn.Module,), {"__module__": "transformer_engine.pytorch.module.linear"})()
+    old.weight = nn.Parameter(torch.randn(3, 4))
+    with pytest.raises(UpstreamError, match=r"linear_fc1(?s:.*)do not ask `_get_weight_tensors`"):
+        attach(the_linear(old), double, "some_plugin")
+
+
+@pytest.mark.parametrize("kind", ["GroupedTensor", "QuantizedTensor"])
+def test_a_weight_that_is_no_plain_tensor_is_refused(kind: str) -> None:
+    module = StandInLinear()
+    module.weight.data = module.weight.data.clone()
+    module.weight = type(kind, (nn.Parameter,), {})(module.weight.data)
+    with pytest.raises(UpstreamError, match=rf"its weight is a {kind}, not a plain tensor"):
+        attach(the_linear(module), double, "some_plugin")
+
+
+def test_a_weight_of_three_dimensions_is_refused() -> None:
+    with pytest.raises(UpstreamError, match="its weight has 3 dimensions, not 2"):
+        attach(the_linear(StandInLinear(2, 3, 4)), double, "some_plugin")
+
+
+def test_a_layer_that_computes_with_anothers_weight_is_refused() -> None:
+    """As an output layer that shares the embedding's."""
+    module, other = StandInLinear(), StandInLinear()
+    attach(the_linear(module), double, "some_plugin")
+    x = torch.randn(5, 4)
+    assert torch.equal(module._forward_impl(x, module.weight), x @ (2 * module.weight).t())
+    with pytest.raises(UpstreamError, match=r"linear_fc1(?s:.*)another module's weight"):
+        module._forward_impl(x, other.weight)
+
+
+@pytest.mark.parametrize("stand_in", [StandInLinear, StandInGroupedLinear])
+@pytest.mark.parametrize("first", [attach, products.attach])
+@pytest.mark.parametrize("second", [attach, products.attach])
+def test_what_a_layer_computes_is_chosen_once(stand_in: Any, first: Any, second: Any) -> None:
+    """As when a model is offered to the plugins twice: the weights would be on the grid of a grid."""
+    module = stand_in()
+    first(the_linear(module), double, "some_plugin")
+    before = {**module.__dict__}
+    with pytest.raises(PluginError, match=r"linear_fc1 (?s:.*)some_plugin(?s:.*)another_plugin"):
+        second(the_linear(module), double, "another_plugin")
+    assert module.__dict__ == before
+
+
 def test_other_shapes_or_dtypes_are_refused() -> None:
     module = StandInGroupedLinear()
     attach(the_linear(module), lambda weights: [weight.half() for weight in weights], "some_plugin")
@@ -236,6 +292,15 @@ def test_a_legacy_grouped_mlp_hands_out_its_matrices_the_other_way_round() -> No
     first.sum().backward()
     assert module.weight1.grad is not None
     assert "weight1" not in module.__dict__
+
+
+def test_each_matrix_of_a_legacy_grouped_mlp_is_chosen_once() -> None:
+    first, second = linear_layers([nn.ModuleDict({"experts": GroupedMLP()})])
+    attach(first, double, "some_plugin")
+    attach(second, double, "another_plugin")
+    for linear in (first, second):
+        with pytest.raises(PluginError, match=rf"experts.linear_fc{linear.parameters[0][-1]}"):
+            attach(linear, double, "some_plugin")
 
 
 def test_without_gradients_nothing_is_wrapped() -> None:

@@ -945,6 +945,52 @@ def experts_compute_with_the_weights_that_a_plugin_gives_also_when_they_are_reco
             assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
 
 
+@behaviour
+def experts_compute_on_the_grid_of_the_int4_plugin_the_same_when_they_are_recomputed() -> None:
+    import torch
+
+    from miles_plugins.int4_qat import plugin as int4
+    from miles_plugins.int4_qat.checkpoint import Format
+    from miles_plugins.int4_qat.grid import Grid, fake_quantise
+    from miles_plugins.int4_qat.selection import Selection
+    from miles_plugins.linears import offer
+    from miles_plugins.manager import Installed, Plugin, Plugins
+
+    plugins = Plugins([Plugin(Installed("int4_qat", "miles-plugins", "0", None), int4)])
+    bf16 = {"params_dtype": torch.bfloat16, "bf16": True}
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    results = []
+    for changed in (bf16, {**bf16, **recompute}):
+        model, plain = made_gpt(**changed), made_gpt(**changed)
+        grid = Grid(8)  # HIDDEN is one group
+        places = frozenset((str(layer), "experts") for layer in range(len(model.decoder.layers)))
+        int4._selection, int4._grid = Selection(Format(8), frozenset(), places), grid
+        int4._role, int4._complete = "actor", False
+        int4._layers.clear()
+        int4._places.clear()
+        offer(plugins, SimpleNamespace(int4_other_passes=[]), [model], "actor")  # type: ignore[arg-type]
+        assert int4._places == dict.fromkeys(places, 2 * EXPERTS)
+        on_grid = 0
+        for name, parameter in plain.named_parameters():
+            if ".experts." in name:
+                parameter.data.copy_(fake_quantise(parameter.data, grid))
+                on_grid += 1
+        assert on_grid == len(int4._layers) == 2 * 2 * EXPERTS
+        int4.pass_begins("train", [model])  # which requires that all places were found
+        results.append(trained_on(model))
+        int4.pass_ends("train", None)
+        # Once, however often recomputed; and none of an expert that got no token.
+        assert {layer.quantized for layer in int4._layers} - {0} == {1}
+        expected, expected_gradients = trained_on(plain)
+        assert torch.equal(results[-1][0], expected)
+        assert all(torch.equal(results[-1][1][name], expected_gradients[name]) for name in expected_gradients)
+    (kept, kept_gradients), (recomputed, recomputed_gradients) = results
+    assert torch.equal(kept, recomputed)
+    assert kept_gradients.keys() == recomputed_gradients.keys()
+    assert all(torch.equal(kept_gradients[name], recomputed_gradients[name]) for name in kept_gradients)
+    int4._selection = int4._grid = None
+
+
 def multiplying(weigh: bool, seen: dict[str, list[Any]]) -> Any:
     """A plugin whose product is the layer's own, of all layers but the output's, and that notes what each was given."""
     import torch

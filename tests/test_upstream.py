@@ -144,21 +144,64 @@ def pass_ends(stage):
 
 
 @pytest.mark.usefixtures("upstream_path")
-def test_on_slimes_main_routing_is_replayed_and_the_trainer_computes_with_the_engines_int4_weights(
-    megatron: Path, tmp_path: Path
+@pytest.mark.parametrize(("version", "plugins"), [(MAIN, "r3,int4"), ("v0.3.1", "int4")], ids=["main", "v0.3.1"])
+def test_the_trainer_computes_with_the_engines_int4_weights(
+    megatron: Path, tmp_path: Path, version: str, plugins: str
 ) -> None:
-    """Where slime keeps its metrics, its accelerators and a check of the routing elsewhere."""
+    """slime's main keeps its metrics, its accelerators and a check of the routing elsewhere."""
     path = third_party(tmp_path, "weight_watch", WEIGHT_WATCH)
-    slime = unpacked_commit(("SLIME_HOME", "~/slime", MAIN))
-    options = ["--plugins", "r3,int4,weight_watch", "--rollouts", "2"]
-    result = rehearse(slime, megatron, tmp_path / "run", *options, path=path)
-    replayed_everywhere(passed(result, tmp_path / "run", rollouts=2))
+    slime = unpacked_commit(("SLIME_HOME", "~/slime", version))
+    options = ["--plugins", f"{plugins},weight_watch", "--rollouts", "2"]
+    answer = passed(rehearse(slime, megatron, tmp_path / "run", *options, path=path), tmp_path / "run", rollouts=2)
+    if "r3" in plugins:
+        replayed_everywhere(answer)
     engine, trainer = (
         [json.loads(line) for line in (tmp_path / side).read_text().splitlines()] for side in ("engine", "trainer")
     )
     assert [len(digests) for digests in trainer] == [48, 48]  # 2 layers of 8 experts with 3 matrices
     assert engine[:2] == trainer
     assert engine[0] != engine[1], "nothing was trained"
+
+
+BYTE_WATCH = """
+import hashlib, json
+from pathlib import Path
+
+import torch
+
+from miles_plugins import hookimpl
+
+LOG = Path(__file__).with_name("arrived")
+
+
+@hookimpl(tryfirst=True)
+def receive_weights(named_tensors):
+    for name, tensor in named_tensors:
+        content = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        with LOG.open("a") as file:
+            file.write(json.dumps([name, str(tensor.dtype), hashlib.sha256(content).hexdigest()]) + chr(10))
+        yield name, tensor
+"""
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_the_first_update_brings_sglang_the_fp8_checkpoint_byte_for_byte(
+    slime: Path, megatron: Path, tmp_path: Path
+) -> None:
+    path = third_party(tmp_path, "byte_watch", BYTE_WATCH)
+    options = ["--plugins", "byte_watch,r3,fp8", "--rollouts", "2", "--", "--fp8-alarm", "stop"]
+    answer = passed(rehearse(slime, megatron, tmp_path / "run", *options, path=path), tmp_path / "run", rollouts=2)
+    replayed_everywhere(answer)
+    arrived = [json.loads(line) for line in (tmp_path / "arrived").read_text().splitlines()]
+    names = {name for name, *_ in arrived}
+    by_name = {name: [what for other, *what in arrived if other == name] for name in names}
+    assert {len(each) for each in by_name.values()} == {4}  # the checkpoint, and three updates
+    assert sum(each[0][0] == "torch.float8_e4m3fn" for each in by_name.values()) == 2 * (4 + 3 * 8)
+    assert all(each[0] == each[1] for each in by_name.values())
+    assert any(each[1] != each[3] for each in by_name.values()), "nothing was trained"
+    evidence = {process["role"]: process["probes"].get("fp8_unified") for process in answer["processes"]}
+    assert "multiply in FP8 (attention, experts)" in evidence["trainer"]
+    assert "8 parameters multiply in FP8 by the reference" in evidence["sglang_scheduler"]
 
 
 @pytest.mark.usefixtures("upstream_path")

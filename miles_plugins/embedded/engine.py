@@ -112,6 +112,7 @@ class RolloutEngine:
         self.server_args = server_args
         self.tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, server_args.dtype, server_args.device)
+        require_known_fusion(self.model)  # before a plugin makes its layers compute something else
         built(self.model)
         self._on_request = on_request
         self._encode = encode
@@ -122,7 +123,6 @@ class RolloutEngine:
         self._routers = find_routers(self.model)
         if server_args.enable_return_routed_experts and not self._routers:
             raise refusal("routing cannot be recorded: the model has no experts", folder)
-        require_known_fusion(self.model)
         eos = (self.model.config.eos_token_id, self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self._eos = {token for ids in eos for token in ([ids] if isinstance(ids, int) else ids or ())}
         self._random = torch.Generator().manual_seed(server_args.random_seed)

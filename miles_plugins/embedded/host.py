@@ -16,7 +16,7 @@ from miles_plugins import attestation, linears, weights
 from miles_plugins.activation import Activation
 from miles_plugins.embedded import checkpoint, random_state
 from miles_plugins.embedded.engine import Answer, RolloutEngine, ServerArgs
-from miles_plugins.embedded.hugging_face import read_tensors
+from miles_plugins.embedded.hugging_face import read_tensors, require_plain
 from miles_plugins.embedded.policy import SHAPE, build_policy, load_weights, named_batches
 from miles_plugins.embedded.recorder import Recorder
 from miles_plugins.embedded.results import ROLLOUT_OF_TRAIN_STEP, ROLLOUT_STEP, TRAIN_STEP, RolloutResult
@@ -42,6 +42,8 @@ class EmbeddedRun:
             ArgumentError: a mistake in what the user gave.
         """
         self.args, self._activation, self._hook = args, activation, activation.hook
+        if not activation.plugins.implement("receive_weights"):
+            require_plain(args.hf_checkpoint)
         self._prompts = Prompts(args)
         self._reward = load_reward(args.custom_rm_path)
         self._server_args = ServerArgs(

@@ -9,11 +9,29 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miles_plugins.checkpoints import BEGUN, CONFIG, quantization_config, read_json
 from miles_plugins.embedded.generate_request import listed, refusal
 from miles_plugins.errors import ArgumentError, PluginError, UpstreamError
 
 if TYPE_CHECKING:
     import torch
+
+
+TAKERS = {"compressed-tensors": "int4", "fp8": "fp8"}
+"""`quant_method` of a checkpoint -> the plugin that takes it."""
+
+
+def require_plain(folder: Path) -> None:
+    """Raise ArgumentError for quantised weights, which transformers' model gets in bfloat16, from a plugin."""
+    quantization = quantization_config(read_json(folder / CONFIG))
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        taker = TAKERS.get(method) if isinstance(method, str) else None
+        raise refusal(
+            f"the weights of {folder} are quantised, and no plugin takes them",
+            f"quant_method {method}",
+            next=f"add --plugins {taker}" if taker else "take the BF16 checkpoint of the model's publisher",
+        )
 
 
 def check_model_folder(folder: str | Path) -> dict[str, Any]:
@@ -26,6 +44,12 @@ def check_model_folder(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise refusal("there is no model folder", folder, "the folder of a Hugging Face checkpoint")
+    if (folder / BEGUN).is_file() and not (folder / "config.json").is_file():
+        raise refusal(
+            f"{folder} is a conversion that did not finish",
+            f"{BEGUN}, and no config.json",
+            next="run the same command again: it goes on where it was",
+        )
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, vocabulary = config["model_type"], int(config["vocab_size"])

@@ -16,7 +16,8 @@ quantised as if zeros followed.
 
 What is no number stays visible: NaN and infinity become the code 0x7F (NaN), in weights and activations, with either
 scale. Their tile has the scale 1: its other values are coarse, and other tiles are not touched. TE saturates an
-infinity to 448 instead; only in that do the codes differ.
+infinity to 448 instead; only in that do the codes differ. With powers of two a number above 1.9 * 2**127 can come back
+as infinity, as with TE: its code and scale multiply to 2**128.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,28 @@ def _require_whole(folder: Path, modules: frozenset[str], layers: int) -> None:
             {"in": folder, "layer and kind": f"{torn[0][0]}, {torn[0][1]}", "not FP8": torn[0][2], "such": len(torn)},
             CONVERT,
         )
+
+
+def require_covered(found: Chosen, covered: Mapping[Place, int], experts_apart: int) -> None:
+    """Raise unless the trainer's layers of each place are made of all tensors that the checkpoint has there in FP8.
+
+    Args:
+        covered: how many of them this rank's layers are made of.
+        experts_apart: ranks that have other experts each.
+    """
+    wanted = Counter((layer_of(module, found.layers), str(kind(module))) for module in found.modules)
+    for where in sorted(covered):
+        expected = wanted[where] // (experts_apart if where[1] == "experts" else 1)
+        if covered[where] != expected:
+            raise PluginError(
+                "a part of what the checkpoint has in FP8 has no linear layer in the trainer that computes so",
+                {
+                    "layer and kind": ", ".join(where),
+                    "tensors in the checkpoint": expected,
+                    "in the trainer's layers": covered[where],
+                },
+                "a model provider with layers of its own must use Megatron's or TransformerEngine's linear layers",
+            )
 
 
 def check_received(wanted: Iterable[str], allowed: Iterable[str], scale: str, received: Mapping[str, int]) -> None:

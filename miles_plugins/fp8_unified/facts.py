@@ -5,7 +5,6 @@ Nothing of upstream is imported. What depends on the machine comes as `Here`, wh
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from argparse import Namespace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from miles_plugins.checkpoints import CONFIG, layer_of, quantization_config, read_json, text_config, weight_map
+from miles_plugins.compat import fp8_upstream
 from miles_plugins.errors import ArgumentError, PluginError
 from miles_plugins.fp8_unified import selection
 from miles_plugins.fp8_unified.checkpoint import LEFT_OUT, MATRIX_SCALE, SCALE, WEIGHT, matrices, quantised_modules
@@ -48,6 +48,18 @@ GPUS = {
 ACTIVE = "MILES_PLUGINS"
 """The variable that carries a run's plugins, as activation.py writes it."""
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+OURS = ("fp8", "fp8_unified")
+OTHER_LAYERS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        "fp16",
+        "moe_apply_probs_on_input",
+        "delay_wgrad_compute",
+        "use_transformer_engine_op_fuser",
+        "moe_use_legacy_grouped_gemm",
+    )
+}
+"""Flags with which Megatron computes past its linear layers, or not in bfloat16, by their names in the arguments."""
 MOST_SCALES = 4096
 """Of a checkpoint's scales, so many tensors are read, spread over all of it."""
 
@@ -82,11 +94,18 @@ def from_args(
         PluginError: the folder has no config.json, or an argument cannot be understood.
     """
     here = here or Here()
+    if folder is not None and not folder.is_dir():
+        raise PluginError(
+            "--hf-checkpoint is no folder here",
+            {"found": folder},
+            "give a folder; config.json alone shows most (with the safetensors index, what is quantised, too)",
+        )
     config = read_json(folder / CONFIG) if folder is not None else {}
     model = _model(args, config)
     plugins = _plugins(args, environment)
-    trainer = _trainer(args, environment, model, here, plugins)
-    engine = _engine(args, environment, here)
+    plugin = _get(args, "fp8_train") is not None or not plugins.isdisjoint(OURS)
+    trainer = _trainer(args, environment, model, here, plugin)
+    engine = _engine(args, environment, here, plugin)
     checkpoint = _checkpoint(config)
     selections: dict[str, frozenset[str]] = {}
     torn: frozenset[str] = frozenset()
@@ -110,7 +129,13 @@ def from_args(
         use_rollout_logprobs=bool(_get(args, "use_rollout_logprobs")),
         check_weight_update_equal=bool(_get(args, "check_weight_update_equal")),
         routing_replay=bool(_get(args, "use_rollout_routing_replay")) or not plugins.isdisjoint(("r3", "r3_replay")),
+        plugin=plugin,
+        embedded=_embedded(args),
     )
+
+
+def _embedded(args: Namespace) -> bool:
+    return not hasattr(args, "sglang_device")
 
 
 def _get(args: Namespace, name: str, default: Any = None) -> Any:
@@ -131,15 +156,13 @@ def _plugins(args: Namespace, environment: Mapping[str, str]) -> frozenset[str]:
 # -- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def _trainer(
-    args: Namespace, environment: Mapping[str, str], model: Model, here: Here, plugins: frozenset[str]
-) -> Trainer:
+def _trainer(args: Namespace, environment: Mapping[str, str], model: Model, here: Here, plugin: bool) -> Trainer:
     recipe = _recipe(args)
     stock: Mode = "off" if recipe == "none" else "te"
-    mode: Mode = _get(args, "fp8_train", stock if plugins.isdisjoint(("fp8", "fp8_unified")) else "aligned")
+    mode: Mode = _get(args, "fp8_train", "aligned" if plugin else stock)
     given = _train_env_vars(args)
     variables = {key: value for key, value in {**environment, **given}.items() if key.startswith("NVTE_")}
-    seen, who = _fp32_scales(environment, given, here.upstream, embedded=not hasattr(args, "sglang_device"))
+    seen, who = _fp32_scales(environment, given, here.upstream, embedded=_embedded(args))
     kept = bool(_get(args, "first_last_layers_bf16"))
     tp = int(_get(args, "tensor_model_parallel_size", 1))
     return Trainer(
@@ -160,6 +183,7 @@ def _trainer(
         etp=int(_get(args, "expert_tensor_parallel_size", tp)),
         first_bf16=int(_get(args, "num_layers_at_start_in_bf16", 1)) if kept else 0,
         last_bf16=int(_get(args, "num_layers_at_end_in_bf16", 1)) if kept else 0,
+        other_layers=tuple(flag for name, flag in OTHER_LAYERS.items() if _get(args, name)),
         probabilities_before_fc2=mode == "te" and model.experts > 0,
         capability=here.capability,
         transformer_engine=here.transformer_engine,
@@ -178,7 +202,11 @@ def _recipe(args: Namespace) -> Recipe:
     for recipe in recipes:
         if name == recipe:
             return recipe
-    raise ArgumentError("this FP8 recipe is not known", {"--fp8-recipe": name, "known": ", ".join(recipes)})
+    facts = {"--fp8-recipe": name, "known": ", ".join(recipes)}
+    raise ArgumentError("this FP8 recipe is not known", facts, "use one of them")
+
+
+_AS_JSON = f"""write it as --train-env-vars '{json.dumps({VARIABLE: "1"})}'"""
 
 
 def _train_env_vars(args: Namespace) -> dict[str, str]:
@@ -187,9 +215,10 @@ def _train_env_vars(args: Namespace) -> dict[str, str]:
         try:
             given = json.loads(given or "{}")
         except ValueError as error:
-            raise ArgumentError("--train-env-vars is not JSON", {"found": given, "error": error}) from error
+            facts = {"found": given, "error": error}
+            raise ArgumentError("--train-env-vars is not JSON", facts, _AS_JSON) from error
     if not isinstance(given, Mapping):
-        raise ArgumentError("--train-env-vars is not a JSON object", {"found": given})
+        raise ArgumentError("--train-env-vars is not a JSON object", {"found": given}, _AS_JSON)
     return {str(key): str(value) for key, value in given.items()}
 
 
@@ -210,7 +239,7 @@ def _fp32_scales(
 # -- the engine -------------------------------------------------------------------------------------------------------
 
 
-def _engine(args: Namespace, environment: Mapping[str, str], here: Here) -> Engine:
+def _engine(args: Namespace, environment: Mapping[str, str], here: Here, plugin: bool) -> Engine:
     def size(*names: str) -> int:
         return int(_first(args, *(f"sglang_{name}" for name in names), default=1) or 1)
 
@@ -233,7 +262,7 @@ def _engine(args: Namespace, environment: Mapping[str, str], here: Here) -> Engi
         device="cpu" if getattr(args, "sglang_device", "cpu") == "cpu" else "cuda",
         capability=here.capability,
         version=here.sglang,
-        weight_session=here.weight_session,
+        weight_session=here.weight_session if plugin else False,  # slime opens none
         config_file=bool(_get(args, "sglang_config")),
     )
 
@@ -460,10 +489,16 @@ def look_here() -> Here:
     return Here(
         capability=_capability(),
         transformer_engine=_installed("transformer_engine", "transformer-engine", "transformer_engine_torch") or "",
-        cuda=_cuda(),
+        cuda=fp8_upstream.cuda_version(),
         sglang=_installed("sglang"),
-        weight_session=_weight_session(),
-        upstream=_upstream(),
+        weight_session=fp8_upstream.has_update_sessions(),
+        upstream=Upstream(
+            hard_codes_scales=fp8_upstream.sets_variable(VARIABLE),
+            mtp_names_agree=fp8_upstream.mtp_names_agree(),
+            unpacks_saved_scales=fp8_upstream.unpacks_saved_scales(),
+            blind_metric=fp8_upstream.has_blind_metric(),
+            delta_leaves_tensors_out=fp8_upstream.delta_leaves_tensors_out(),
+        ),
     )
 
 
@@ -488,40 +523,3 @@ def _installed(*names: str) -> str | None:
         with suppress(PackageNotFoundError):
             return version(name)
     return None
-
-
-def _text(module: str) -> str | None:
-    """A module's source, without importing it or its parents; None where there is none."""
-    package, *parts = module.split(".")
-    spec = None
-    with suppress(ValueError):  # something in sys.modules without a spec
-        spec = importlib.util.find_spec(package)
-    for location in (spec.submodule_search_locations if spec else None) or ():
-        for file in (Path(location, *parts).with_suffix(".py"), Path(location, *parts, "__init__.py")):
-            with suppress(OSError):
-                return file.read_text(encoding="utf-8")
-    return None
-
-
-def _cuda() -> tuple[int, int] | None:
-    found = re.search(r"^cuda\b.*= '(\d+)\.(\d+)'", _text("torch.version") or "", re.MULTILINE)
-    return (int(found[1]), int(found[2])) if found else None
-
-
-def _weight_session() -> bool | None:
-    server = _text("sglang.srt.entrypoints.http_server")
-    return None if server is None else "begin_weight_update" in server or "/post_process_weights" in server
-
-
-def _upstream() -> Upstream:
-    actors = _text("slime.ray.actor_group")
-    package = "slime.backends.megatron_utils"
-    loss, converter, names = (_text(f"{package}.{each}") for each in ("loss", "megatron_to_hf", "update_weight.common"))
-    mtp = _text("megatron.core.transformer.multi_token_prediction")
-    agree = None if mtp is None else "mtp_model_layer" not in mtp or (names and "mtp_model_layer" in names)
-    return Upstream(
-        hard_codes_scales=f'"{VARIABLE}": "1"' in actors if actors is not None else None,
-        mtp_names_agree=None if agree is None or names is None else bool(agree),
-        unpacks_saved_scales="transform_ue8m0" in converter if converter is not None else None,
-        blind_metric="log_probs_to_compare" not in loss if loss is not None else None,
-    )

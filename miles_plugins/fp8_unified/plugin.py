@@ -42,17 +42,22 @@ _log = logging.getLogger(__name__)
 _chosen: Chosen | None = None
 _layers: list[AlignedLinear] = []
 _places: Counter[Place] = Counter()
+_covered: Counter[Place] = Counter()  # the checkpoint's tensors that these layers are made of
+_experts_apart = 1  # ranks that have other experts each
 _natural: frozenset[str] = frozenset()  # passes that compute as they would without the plugin
 _in_pass: str | None = None
 _role, _mode = "", ""
+_aligned = False  # whether this trainer's layers are to be
 _complete = False  # whether every layer that must be quantised was found
 _difference: Discrepancy | None = None  # of the step that runs
 _result: Result | None = None  # of the last one
 _drift = Drift()
+_first_step = True  # of a rollout: later ones differ by what the policy has learnt as well
 
 _at_engine: Chosen | None = None  # of the checkpoint that this engine began with
 _arrived = 0  # FP8 weights that came to the engine, in updates too
 _products = Products()
+_updates = 0  # that have ended
 
 
 # -- the driver ------------------------------------------------------------------------------------------------------
@@ -107,24 +112,23 @@ def configure(args: Namespace) -> None:
         _give_transformer_engine_the_same_scales(args, found.declared)
     if args.fp8_train == "aligned":
         _require_trained(folder, found)
+    if getattr(args, "sglang_device", None) == "cpu" and getattr(args, "sglang_speculative_algorithm", None):
+        raise ArgumentError(
+            "the reference that stands for SGLang's FP8 kernels on the CPU takes a draft's layers for the model's",
+            {"--sglang-speculative-algorithm": args.sglang_speculative_algorithm},
+            "leave speculative decoding out of this rehearsal",
+        )
     decisions = rules.judge(facts.from_args(args, os.environ, folder, facts.look_here()))
     for decision in decisions:
         if decision.verdict == "warn":
-            _log.warning("%s: %s; expected %s. It costs %s. %s", *_words(decision))
+            _log.warning("%s: %s", decision.rule, decision.sentence)
     if denied := [decision for decision in decisions if decision.verdict == "deny"]:
         raise ArgumentError(
             "trainer, checkpoint and engine do not agree on FP8",
-            {
-                each.rule: f"{each.found}; expected {each.expected}. It costs {each.cost}. {each.next}"
-                for each in denied
-            },
+            {each.rule: each.sentence for each in denied},
             "change what is named (`miles-plugins check-fp8` with the same flags shows all of it), or leave fp8 out",
         )
     tell_nothing_of_the_format(args)  # without the format it builds plain layers, which multiply as FP8 ones do
-
-
-def _words(decision: rules.Decision) -> tuple[str, ...]:
-    return decision.rule, decision.found, decision.expected, decision.cost, decision.next
 
 
 def _give_transformer_engine_the_same_scales(args: Namespace, declared: Declared) -> None:
@@ -161,12 +165,13 @@ def prepare_tiny_model(folder: Path) -> Path:
 
 @hookimpl
 def model_built(args: Namespace, role: str) -> None:
-    global _chosen, _natural, _role, _mode, _complete
+    global _chosen, _natural, _role, _mode, _aligned, _complete, _experts_apart
     _chosen = chosen.read(Path(args.hf_checkpoint))
     _natural = frozenset(OTHER_PASSES[name] for name in OTHER_PASSES.keys() - set(args.fp8_other_passes))
-    _role, _mode, _complete = role, args.fp8_train, False
-    _layers.clear()
-    _places.clear()
+    _role, _mode, _aligned, _complete = role, args.fp8_train, _is_aligned(args, role), False
+    _experts_apart = getattr(args, "expert_model_parallel_size", None) or 1
+    for each in (_layers, _places, _covered):
+        each.clear()
 
 
 def _is_aligned(args: Namespace, role: str) -> bool:
@@ -183,6 +188,7 @@ def forward_linear(args: Namespace, role: str, linear: Linear) -> Callable[..., 
     parts, order = rows_of_checkpoint(args, linear)
     layer = AlignedLinear(linear, _chosen.declared.format, parts, order, in_pass=lambda: _in_pass, natural=_natural)
     _places[found] += linear.count
+    _covered[found] += linear.count * len(parts)
     _layers.append(layer)
     return layer
 
@@ -196,9 +202,10 @@ def weigh_expert_outputs(args: Namespace, role: str) -> bool:
 @hookimpl
 def pass_begins(stage: str, model: Sequence[Any]) -> None:
     global _in_pass, _complete, _difference
-    if not _complete and _role == "actor" and _mode == "aligned":
+    if not _complete and _aligned:
         assert _chosen is not None
         require_all(model, _chosen.places, _places)
+        chosen.require_covered(_chosen, _covered, _experts_apart)
         _complete = True
     _forget()
     _in_pass = stage
@@ -223,6 +230,12 @@ def _forget() -> None:
 
 
 @hookimpl
+def receive_train_data() -> None:
+    global _first_step
+    _first_step = True
+
+
+@hookimpl
 def microbatch_keys() -> Sequence[str]:
     return ("sample_indices",)
 
@@ -235,9 +248,12 @@ def training_log_probs(args: Namespace, batch: Mapping[str, Any], log_probs: Seq
 
 @hookimpl
 def step_metrics(args: Namespace) -> Mapping[str, float]:
+    global _first_step
     if _result is None or not _result.tokens + _result.nonfinite:
         return {}
-    _raise_alarms(args, _result)
+    if _first_step:
+        _raise_alarms(args, _result)
+    _first_step = False
     return _result.metrics("fp8/difference/")
 
 
@@ -429,10 +445,20 @@ def _plain(codes: torch.Tensor, scale_inv: torch.Tensor, declared: Declared) -> 
 
 @hookimpl
 def after_weight_update(server_args: Any, received: Mapping[str, int]) -> None:
+    global _updates
     found = _of_engine(server_args)
-    if found is not None:
-        wanted = without_drafts(found.modules, found.layers)
-        chosen.check_received(wanted, found.modules - wanted, found.declared.scale, received)
+    if found is None:
+        return
+    wanted = without_drafts(found.modules, found.layers)
+    chosen.check_received(wanted, found.modules - wanted, found.declared.scale, received)
+    weights_changed()  # whatever was computed while they came
+    _updates += 1
+    if _updates > 1 and (unused := _products.unused):  # a rollout lies between the first and the second
+        raise PluginError(
+            "FP8 weights of the engine have not multiplied anything in a rollout",
+            {"weights": f"{len(unused)} of {len(_products)}, such as {unused[0]}"},
+            "report this, with the model's name: its layers multiply in a way of their own",
+        )
 
 
 # -- every process ---------------------------------------------------------------------------------------------------
@@ -450,7 +476,7 @@ def probe(role: str) -> str | None:
     if role in ("rollout_manager", "sglang_scheduler"):
         if not _arrived:
             return None
-        if _products.weights:
-            return f"{_arrived} FP8 weights loaded; {_products.weights} parameters multiply in FP8 by the reference"
+        if _products:
+            return f"{_arrived} FP8 weights loaded; {len(_products)} parameters multiply in FP8 by the reference"
         return f"{_arrived} FP8 weights loaded"
     return None

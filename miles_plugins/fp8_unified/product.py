@@ -10,6 +10,7 @@ but the row and the weight: not on how many rows there are, not on the library t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from miles_plugins.fp8_unified.quantised import quantise_rows
@@ -35,6 +36,19 @@ def multiply(x: Quantised, weight: Quantised, format: Format) -> torch.Tensor:
     return result.bfloat16()
 
 
+def activations(format: Format, device: torch.device) -> Format:
+    """How the input of a product with such weights is quantised, as SGLang does on the same kind of device.
+
+    Below compute capability 10 its scales are float32 whatever the weights' are; from there on DeepGEMM wants powers of
+    two with powers of two.
+    """
+    import torch
+
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10:
+        return format
+    return replace(format, scale="float32")
+
+
 def linear(x: torch.Tensor, weights: Sequence[Quantised], rows: Sequence[int], format: Format) -> torch.Tensor:
     """[M, N] of x [M, K] bfloat16, quantised here: `rows[i]` of its rows, in order, are multiplied with `weights[i]`.
 
@@ -42,7 +56,7 @@ def linear(x: torch.Tensor, weights: Sequence[Quantised], rows: Sequence[int], f
     """
     import torch
 
-    quantised = quantise_rows(x, format)
+    quantised = quantise_rows(x, activations(format, x.device))
     if x.is_cuda:
         from miles_plugins.fp8_unified import kernels
 

@@ -22,6 +22,10 @@ def quantise_weights(weights: Sequence[torch.Tensor], format: Format) -> list[Qu
 
     if not weights:
         return []
+    if weights[0].is_cuda:
+        from miles_plugins.fp8_unified import kernels
+
+        return kernels.quantise_weights(weights, format)
     layout = plan([weight.shape for weight in weights], format)
     bucket = torch.empty(layout.size, dtype=torch.uint8, device=weights[0].device)
     quantise_into(weights, bucket, layout, format)

@@ -8,6 +8,9 @@ lies on one rank; `fits` says where it does.
 
 How slime lays out one parameter's rows in the checkpoint's tensors is not copied from it: its own converter is shown a
 tensor of row numbers once.
+
+A GPU quantises and weaves in one launch, and takes a gathered parameter apart in another (`kernels`); the bytes are
+those of the functions here.
 """
 
 from __future__ import annotations
@@ -58,7 +61,11 @@ def fits(args: Namespace, name: str, shape: Sequence[int], dim: int | None, form
 
 
 def encode(parameters: Sequence[torch.Tensor], format: Format) -> list[torch.Tensor]:
-    """The bytes of parameters [N, K] bfloat16 of any shapes, on one device; all are quantised in one launch."""
+    """The bytes of parameters [N, K] bfloat16 of any shapes, on one device; a GPU makes all of them in one launch."""
+    if parameters and parameters[0].is_cuda:
+        from miles_plugins.fp8_unified import kernels
+
+        return kernels.quantise_woven(parameters, format)
     return [_woven(quantised, format) for quantised in quantise_weights(parameters, format)]
 
 
@@ -81,17 +88,21 @@ def _woven(quantised: Quantised, format: Format) -> torch.Tensor:
 
 
 def unwoven(woven: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K] uint8, and the scales [N, blocks] float32 of each row."""
+    """Codes [N, K] uint8, and the scales [ceil(N / rows of a tile), blocks] float32 of the rows that begin tiles."""
     import torch
 
-    columns = format.block[1]
+    if woven.is_cuda:
+        from miles_plugins.fp8_unified import kernels
+
+        return kernels.unweave(woven, format)
+    rows, columns = format.block
     n, size = woven.shape
     whole, rest = divmod(size, columns + SCALE_BYTES)
     blocks = woven[:, : whole * (columns + SCALE_BYTES)].reshape(n, whole, columns + SCALE_BYTES)
-    codes, scales = blocks[..., :columns].reshape(n, -1), blocks[..., columns:]
+    codes, scales = blocks[..., :columns].reshape(n, -1), blocks[::rows, :, columns:]
     if rest:
         codes = torch.cat([codes, woven[:, -rest:-SCALE_BYTES]], dim=1)
-        scales = torch.cat([scales, woven[:, None, -SCALE_BYTES:]], dim=1)
+        scales = torch.cat([scales, woven[::rows, None, -SCALE_BYTES:]], dim=1)
     return codes.contiguous(), scales.contiguous().view(torch.float32).squeeze(-1)
 
 
@@ -104,27 +115,44 @@ def decode(name: str, woven: torch.Tensor, convert: Convert, format: Format) -> 
     import torch
 
     codes, scales = unwoven(woven, format)
-    found = []
     layout = _layout(name, codes, convert, format)
-    for (converted, tensor), tiles in zip(convert(codes), layout, strict=True):
-        scale_inv = scales[tiles.to(scales.device)].contiguous()
-        found.append((converted, Quantised(tensor.contiguous().view(torch.float8_e4m3fn), scale_inv)))
-    return found
+    return [
+        (converted, Quantised(tensor.contiguous().view(torch.float8_e4m3fn), scales[tiles]))
+        for (converted, tensor), tiles in zip(convert(codes), layout, strict=True)
+    ]
 
 
-_layouts: dict[tuple[str, tuple[int, ...]], list[torch.Tensor]] = {}
+_layouts: dict[tuple[str, tuple[int, ...], torch.device], list[slice | torch.Tensor]] = {}
 
 
-def _layout(name: str, codes: torch.Tensor, convert: Convert, format: Format) -> list[torch.Tensor]:
-    """For each of the checkpoint's tensors, the parameter's row that each of its tiles begins with, [tiles] int64."""
+def _layout(name: str, codes: torch.Tensor, convert: Convert, format: Format) -> list[slice | torch.Tensor]:
+    """Which of the parameter's tiles, from its first row on, each of the checkpoint's tensors has, in order.
+
+    A slice where they follow each other; else their numbers, on the codes' device.
+    """
+    key = re.sub(r"\d+", "#", name), tuple(codes.shape), codes.device
+    if key not in _layouts:
+        k = codes.shape[1]
+        found = [_tiles(converted, rows, k, format) for converted, rows in _numbered(codes.shape, convert)]
+        _layouts[key] = [_sliced(tiles, codes.device) for tiles in found]
+    return _layouts[key]
+
+
+def _numbered(shape: Sequence[int], convert: Convert) -> Sequence[tuple[str, torch.Tensor]]:
+    """What the converter makes of the numbers of rows: on the CPU, and in memory only where it insists."""
     import torch
 
-    key = re.sub(r"\d+", "#", name), tuple(codes.shape)
-    if key not in _layouts:
-        n, k = codes.shape
-        numbers = torch.arange(n, dtype=torch.int32, device=codes.device)[:, None].expand(n, k).contiguous()
-        _layouts[key] = [_tiles(converted, rows, k, format) for converted, rows in convert(numbers)]
-    return _layouts[key]
+    n, k = shape
+    numbers = torch.arange(n, dtype=torch.int32)[:, None].expand(n, k)
+    try:
+        return convert(numbers)
+    except RuntimeError:  # a `view` that strides do not allow
+        return convert(numbers.contiguous())
+
+
+def _sliced(tiles: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
+    first, count = int(tiles[0]) if len(tiles) else 0, len(tiles)
+    return slice(first, first + count) if tiles.tolist() == list(range(first, first + count)) else tiles.to(device)
 
 
 def _tiles(name: str, rows: torch.Tensor, k: int, format: Format) -> torch.Tensor:
@@ -133,7 +161,7 @@ def _tiles(name: str, rows: torch.Tensor, k: int, format: Format) -> torch.Tenso
     tile = format.block[0]
     numbers = rows[:, 0].long() if rows.dim() == 2 else rows.new_zeros(0)
     begins = numbers[::tile]
-    run = torch.arange(len(numbers), device=rows.device) % tile
+    run = torch.arange(len(numbers)) % tile
     expected = begins.repeat_interleave(tile)[: len(numbers)] + run
     # One scale serves a whole tile: its rows must be those of one tile of the parameter, from the first on.
     if rows.shape[1:] != (k,) or not (rows == expected[:, None]).all() or (begins % tile).any():
@@ -145,4 +173,4 @@ def _tiles(name: str, rows: torch.Tensor, k: int, format: Format) -> torch.Tenso
             },
             "report this, and use --fp8-gather bf16 meanwhile",
         )
-    return begins
+    return begins // tile

@@ -25,6 +25,7 @@ from miles_plugins.conversion import (
 from miles_plugins.errors import PluginError
 from miles_plugins.int4_qat.checkpoint import PACKED, SCALE, SHAPE, Format, read_format
 from miles_plugins.int4_qat.grid import PER_WORD, Grid, Quantised, dequantise, pack, quantise, unpack
+from miles_plugins.int4_qat.memory import GROUP_SIZES
 
 if TYPE_CHECKING:
     import torch
@@ -110,9 +111,10 @@ class ToInt4:
             searched = {"modules": ", ".join(modules), "tensors": len(source.tensors)}
             advice = f"widen --modules: {', '.join(MODULES)}; by default a model without experts has nothing to pack"
             raise PluginError(f"nothing of {source.folder} would be packed", searched, advice)
+        advice = _fitting({weights[name].shape[-1] for name in packed})
         for name in sorted(packed):
             require_bf16(name + WEIGHT, weights[name])
-            grid.check(name + WEIGHT, weights[name].shape)
+            grid.check(name + WEIGHT, weights[name].shape, advice)
             if len(weights[name].shape) != 2:
                 raise stacked(name + WEIGHT, weights[name])
         left = {name for name, facts in weights.items() if len(facts.shape) == 2} - packed
@@ -174,6 +176,14 @@ class ToInt4:
         codes, scale = quantise(weight, self.grid)
         shape = torch.tensor(weight.shape, dtype=torch.int64)
         return {module + PACKED: pack(codes), module + SCALE: scale, module + SHAPE: shape}
+
+
+def _fitting(columns: Collection[int]) -> str:
+    """Which groups would divide these K."""
+    if sizes := [str(size) for size in GROUP_SIZES if not any(k % size for k in columns)]:
+        return f"--group-size {' or '.join(sizes)}: that divides K of all that is selected"
+    sizes = [str(size) for size in GROUP_SIZES]
+    return f"select others with --modules: none of SGLang's groups ({', '.join(sizes)}) divides K of all of these"
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ class Grid:
                 "use 32, 64 or 128: the sizes that SGLang's Marlin kernel has",
             )
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise PluginError unless a weight of this shape divides into whole groups along K."""
+    def check(self, name: str, shape: tuple[int, ...], advice: str | None = None) -> None:
+        """Raise PluginError, with this advice, unless a weight of this shape divides into whole groups along K."""
         if len(shape) < 2 or shape[-1] % self.group_size:
             raise PluginError(
                 f"{name} cannot be quantised in groups of {self.group_size}",
@@ -65,7 +65,8 @@ class Grid:
                     "expected": f"a matrix [..., N, K] with K a multiple of {self.group_size}",
                     "K": shape[-1] if shape else None,
                 },
-                "convert the checkpoint with a group size that divides K on every rank, or leave this module out",
+                advice
+                or "convert the checkpoint with a group size that divides K on every rank, or leave this module out",
             )
 
 

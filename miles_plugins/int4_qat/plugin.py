@@ -6,7 +6,7 @@ The checkpoint says what is INT4 (`selection`). In the trainer those layers comp
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Action, ArgumentError, ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,15 +48,26 @@ _layers_at_engine = 0
 # -- the driver ------------------------------------------------------------------------------------------------------
 
 
+class _Names(Action):
+    """Names in MODULES, with spaces or commas between them."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option: str | None = None) -> None:
+        names = [name for value in values for name in value.split(",") if name]
+        if not names or set(names) - MODULES.keys():
+            raise ArgumentError(self, f"invalid choice: {' '.join(values)} (choose from {', '.join(MODULES)})")
+        setattr(namespace, self.dest, names)
+
+
 @hookimpl
 def register_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--int4-modules",
         nargs="+",
-        choices=tuple(MODULES),
+        action=_Names,
         default=["experts"],
-        help="what --hf-checkpoint may have packed; it decides what is quantized, and another set than this is refused "
-        "(default: experts)",
+        metavar="NAME",
+        help="what --hf-checkpoint may have packed; it decides what is quantized, and another set is refused: "
+        f"{', '.join(MODULES)} (default: experts)",
     )
     parser.add_argument(
         "--int4-grid",
@@ -284,6 +295,12 @@ def _tensors(modules: Iterable[str]) -> set[str]:
 # -- every process ---------------------------------------------------------------------------------------------------
 
 
+def _matrices(linear: Linear) -> int:
+    """How many of the checkpoint's are in a layer of the trainer."""
+    name = linear.name.rpartition(".")[2]
+    return linear.count * {"linear_fc1": 2, "linear_qkv": 3}.get(name, 1)
+
+
 @hookimpl
 def probe(role: str) -> str | None:
     if role == "trainer":
@@ -291,9 +308,13 @@ def probe(role: str) -> str | None:
             raise PluginError("no model was built in this trainer, so nothing is quantized")
         if not _layers:
             return f"{_role}: weights as they are"
-        kinds = ", ".join(sorted(_selection.kinds))
-        size = _selection.format.group_size
-        return f"{sum(_places.values())} weights of {len(_layers)} layers on the INT4 grid ({kinds}, groups of {size})"
+        kinds, size = ", ".join(sorted(_selection.kinds)), _selection.format.group_size
+        weights, matrices = sum(_places.values()), sum(_matrices(layer.linear) for layer in _layers)
+        merged = "gate and up" if "attention" not in _selection.kinds else "gate and up, and query, key and value,"
+        return (
+            f"{_role}: {matrices} INT4 matrices, {merged} in one: {weights} weights of {len(_layers)} layers on the "
+            f"grid ({kinds}, groups of {size})"
+        )
     if role in ("rollout_manager", "sglang_scheduler"):
         return refusals.engine_evidence(_arrived, _dequantized)
     return None

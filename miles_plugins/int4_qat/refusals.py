@@ -12,6 +12,7 @@ from typing import Any
 from miles_plugins import ArgumentError, PluginError
 from miles_plugins.checkpoints import CONFIG, read_header, read_json, weight_map
 from miles_plugins.int4_qat.checkpoint import CONVERT, PACKED, read_format
+from miles_plugins.int4_qat.converter import MODULES
 from miles_plugins.int4_qat.memory import GROUP_SIZES, MARLIN_K
 from miles_plugins.int4_qat.selection import Selection
 
@@ -89,7 +90,8 @@ def _reasons(args: Namespace) -> dict[str, str | None]:
 def _checkpoint(args: Namespace, selection: Selection) -> dict[str, str | None]:
     wanted, found = set(args.int4_modules), selection.kinds
     dense, size = sorted(found - {"experts"}), selection.format.group_size
-    differ = f"the checkpoint packs {', '.join(sorted(found))}, and the flag says {', '.join(sorted(wanted))}"
+    packed, named = (",".join(name for name in MODULES if name in each) for each in (found, wanted))
+    differ = f"the checkpoint packs {packed}, and the flag says {named}: give --int4-modules {packed}"
     at_top = read_json(Path(args.hf_checkpoint) / CONFIG).get("quantization_config") is not None
     return {
         "--int4-modules": differ if wanted != found else None,
@@ -239,5 +241,5 @@ def engine_evidence(arrived: int, dequantized: int) -> str | None:
     if not arrived:
         return None
     if dequantized:
-        return f"{dequantized} INT4 weights loaded as the bfloat16 values they stand for (no INT4 kernel here)"
-    return f"{arrived} INT4 weights loaded packed"
+        return f"{dequantized} INT4 matrices loaded as the bfloat16 values they stand for (no INT4 kernel here)"
+    return f"{arrived} INT4 matrices loaded packed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from miles_plugins.checkpoints import CONFIG, layer_of, number_of_layers, read_h
 from miles_plugins.int4_qat.checkpoint import CONVERT, PACKED, SCALE, Format, packed_modules, read_format
 from miles_plugins.int4_qat.converter import MODULES
 from miles_plugins.places import Place, place
+
+COMPRESSED = re.compile(r"\.linear_(q|kv)_(down|up)_proj$")
+"""Multi-latent attention's, which `MODULES` has not: no checkpoint that is read here has them packed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Selection:
 
     def has(self, linear: Linear) -> bool:
         """Whether a layer of the trainer is packed in the checkpoint."""
-        return place(linear) in self.places
+        return place(linear) in self.places and not COMPRESSED.search(linear.name)
 
 
 def read(folder: Path) -> Selection:

@@ -25,6 +25,7 @@ from miles_plugins.weights import receive
 if TYPE_CHECKING:
     import torch
 
+PACKED = ".weight_packed"  # in a checkpoint of compressed-tensors
 SGLANG = "https://github.com/sgl-project/sglang/blob/v0.5.15.post1/python/sglang/srt"
 logger = logging.getLogger("miles_plugins")
 _scheduler: Any = None  # of this process; its `server_args` are there before it loads a model
@@ -38,12 +39,13 @@ class Reception:
         self.received: Counter[str] = Counter()
         self.failed: str | None = None  # SGLang turns this into an answer, which slime hears of the first rank only
         self.updating = False
+        self.packed: str | None = None  # the first tensor that came to the model for an INT4 kernel
         self.restored: list[tuple[Any, Any]] = []  # layers whose packed weights wait for `process`, and who does that
 
     def __call__(self, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         given = receive(current().plugins, _scheduler.server_args, self._counted(weights))
         try:
-            return self._load_weights(given, *args, **kwargs)
+            return self._load_weights(self._loaded(given), *args, **kwargs)
         except BaseException as error:
             self.failed = f"{type(error).__name__}: {error}"
             raise
@@ -51,6 +53,12 @@ class Reception:
     def _counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             self.received[name] += 1
+            yield name, tensor
+
+    def _loaded(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name.endswith(PACKED):
+                self.packed = self.packed or name
             yield name, tensor
 
 
@@ -86,8 +94,15 @@ def begin_update(model: Any) -> None:
     reception.received.clear()
     reception.failed = None
     reception.updating = True
+    layers = list(_packed_layers(model))
+    if reception.packed and not layers:
+        raise PluginError(
+            "packed weights cannot be replaced: no layer of this model can make them loadable again",
+            {"packed": reception.packed, "expected": "restore_weights_before_loading of the layer's scheme"},
+            "use a supported SGLang (docs/compatibility.md), and its Marlin kernel: --sglang-moe-runner-backend marlin",
+        )
     # An SGLang with update sessions has restored them itself.
-    reception.restored = [] if has_update_sessions() else list(_packed_layers(model))
+    reception.restored = [] if has_update_sessions() else layers
     for layer, method in reception.restored:
         method.restore_weights_before_loading(layer)
 

@@ -3,8 +3,10 @@
 Over nccl slime walks through the model's parameters and gathers each; colocated it first lists what there is on all
 ranks, and then gathers the listed ones from a copy of the weights. In both, what is gathered is what a plugin makes of
 a parameter: bytes with the same rows, so that slime's collectives can cut and join them as they do parameters. They end
-in `convert_to_hf`, which hands them back to the plugin (patches/slime/weights.py). Checkpoints on disk
-(`--update-weight-transport disk`) are written of parameters gathered as they are.
+in `convert_to_hf`, which hands them back to the plugin (patches/slime/weights.py).
+
+Checkpoints on disk are gathered as with `--colocate`, whole ones of `--update-weight-transport disk` and those of
+`--save-hf`: their parameters travel encoded too. Only disk deltas are made of parameters gathered as they are.
 """
 
 from __future__ import annotations
@@ -100,24 +102,68 @@ def named_params_and_buffers(
 
 
 def _encoded(args: Any, named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    kept: dict[bool, _Batch] = {}
     waiting: list[tuple[str, Any]] = []
     size = 0
     for name, parameter in named:
         waiting.append((name, parameter))
         size += parameter.numel() * parameter.element_size()
         if size >= CHUNK:
-            yield from _all_encoded(args, waiting)
+            yield from _on_demand(args, waiting, kept)
             waiting, size = [], 0
-    yield from _all_encoded(args, waiting)
+    yield from _on_demand(args, waiting, kept)
 
 
-def _all_encoded(args: Any, named: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    encodings = [_encoding(args, name, each, _attributes(each)) for name, each in named]
-    done = _in_one_go([(each.data, encoding) for (_, each), encoding in zip(named, encodings, strict=True)])
-    for (name, parameter), encoding, bytes_of_it in zip(named, encodings, done, strict=True):
-        if encoding is not None:
-            vars(bytes_of_it).update(_attributes(parameter))
-        yield name, parameter if encoding is None else bytes_of_it
+def _on_demand(args: Any, named: Sequence[tuple[str, Any]], kept: dict[bool, _Batch]) -> list[tuple[str, Any]]:
+    """In place of each that is to be encoded, an `_Awaiting`."""
+    batches = {half: _Batch(kept, half) for half in (False, True)}
+    found: list[tuple[str, Any]] = []
+    for name, parameter in named:
+        attributes = _attributes(parameter)
+        encoding = _encoding(args, name, parameter, attributes)
+        if encoding is None:
+            found.append((name, parameter))
+        else:
+            batch = batches[".experts." in name]
+            found.append((name, _Awaiting(batch, len(batch.members), attributes)))
+            batch.members.append((parameter.data, encoding))
+    return found
+
+
+class _Batch:
+    """Parameters that are encoded together, when the first of them is gathered.
+
+    Not before: over nccl slime walks twice through all parameters, and by name leaves out experts or all others. Of
+    each half the last batch is kept; slime of some releases holds what it was given until the walk has ended.
+    """
+
+    def __init__(self, kept: dict[bool, _Batch], half: bool) -> None:
+        self.members: list[tuple[torch.Tensor, Encoding | None]] = []
+        self._kept, self._half = kept, half
+        self._done: list[Any] | None = None
+
+    def encoded(self, place: int) -> Any:
+        if self._done is None:
+            if self._half in self._kept:
+                self._kept[self._half]._done = None
+            self._kept[self._half] = self
+            self._done = _in_one_go(self.members)
+        return self._done[place]
+
+
+class _Awaiting:
+    """What slime is given in place of a parameter: the same attributes, and `data`, which is encoded when asked for."""
+
+    def __init__(self, batch: _Batch, place: int, attributes: Mapping[str, Any]) -> None:
+        vars(self).update(attributes)
+        self._batch, self._place = batch, place
+
+    @property
+    def data(self) -> Any:
+        return self._batch.encoded(self._place)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)
 
 
 def _in_one_go(pairs: Sequence[tuple[torch.Tensor, Encoding | None]]) -> list[Any]:
