@@ -112,6 +112,7 @@ class RolloutEngine:
         self.server_args = server_args
         self.tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, server_args.dtype, server_args.device)
+        self._routers = find_routers(self.model)
         require_known_fusion(self.model)  # before a plugin makes its layers compute something else
         built(self.model)
         self._on_request = on_request
@@ -120,7 +121,6 @@ class RolloutEngine:
         self._lock = threading.Lock()  # a generation never sees two weight versions
         if is_quantized(folder):
             self.update_weights(read_tensors(Path(folder)).items(), server_args.weight_version)
-        self._routers = find_routers(self.model)
         if server_args.enable_return_routed_experts and not self._routers:
             raise refusal("routing cannot be recorded: the model has no experts", folder)
         eos = (self.model.config.eos_token_id, self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)

@@ -241,6 +241,7 @@ def _patch(
     replace_with: Callable[[Any], Any] | None = None,
     inherited: bool = False,
     needs: tuple[Need, ...] = (),
+    signature: str | None = None,
 ) -> Patch:
     return Patch(
         id=f"torch.cpu.{name}",
@@ -250,6 +251,7 @@ def _patch(
         roles=frozenset(roles),
         inherited=inherited,
         needs=needs,
+        signature=signature,
         reason=reason,
         upstream="https://github.com/THUDM/slime (slime.utils.accelerator, after v0.3.1)",
         retire_when="slime and Megatron-LM ask an accelerator registry everywhere",
@@ -310,6 +312,7 @@ SEAMS = (
                 "slime sends FP8 weights to SGLang, and gloo does not know the type",
                 ("trainer", "sglang_scheduler"),
                 wrap=broadcast_bytes,
+                signature="(tensor, src=None, group=None, async_op=False, group_src=None)",
             ),
         ),
     ),
