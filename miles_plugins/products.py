@@ -32,11 +32,10 @@ class Product:
     Attributes:
         linear: whose.
         plugin: whose choice it is.
-        used: forward passes so far.
     """
 
     def __init__(self, linear: Linear, compute: Compute, plugin: str, fused: bool) -> None:
-        self.linear, self.plugin, self.used = linear, plugin, 0
+        self.linear, self.plugin = linear, plugin
         self._compute, self._fused = compute, fused
 
     def __call__(
@@ -47,7 +46,6 @@ class Product:
         gathered: Gathered | None = None,
     ) -> torch.Tensor:
         """[..., N] of x [..., K]; `rows[i]` of its rows belong to `weights[i]`. `gathered`: x is part of a sequence."""
-        self.used += 1
         multiplied: torch.Tensor = _multiplied().apply(
             self._checked, None if rows is None else tuple(rows), self._fused, gathered, x, *weights
         )
