@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import re
 
-from miles_plugins.compat.source import find_module
+from miles_plugins.compat.source import text_of
 
 _SLIME = "slime.backends.megatron_utils"
-
-
-def text_of(module: str) -> str | None:
-    """A module's source, without importing it or its parents; None where there is none."""
-    try:
-        file = find_module(module)
-        return None if file is None or file.suffix != ".py" else file.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
 
 
 def sets_variable(name: str) -> bool | None:
     """Whether slime sets this variable of its actors to "1" whatever the shell says (v0.2.0 and v0.2.1)."""
     actors = text_of("slime.ray.actor_group")
     return None if actors is None else f'"{name}": "1"' in actors
-
-
-def mtp_names_agree() -> bool | None:
-    """Whether slime knows the name that Megatron gives an MTP block's layer."""
-    megatron = text_of("megatron.core.transformer.multi_token_prediction")
-    slime = text_of(f"{_SLIME}.update_weight.common")
-    if megatron is None or slime is None:
-        return None
-    return "mtp_model_layer" not in megatron or "mtp_model_layer" in slime
 
 
 def unpacks_saved_scales() -> bool | None:

@@ -316,6 +316,15 @@ def find_module(name: str) -> Path | None:
     return located[0] if located else None
 
 
+def text_of(module: str) -> str | None:
+    """A module's source, without importing it or its parents; None where there is none."""
+    try:
+        file = find_module(module)
+        return None if file is None or file.suffix != ".py" else file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
 def has_package(name: str) -> bool:
     """Whether a top-level package is installed at all."""
     return _locate_module(name) is not None

@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from miles_plugins.entrypoints.bench_draft import bench_draft
 from miles_plugins.entrypoints.check_fp8 import check_fp8
 from miles_plugins.entrypoints.convert_bf16 import convert_bf16
 from miles_plugins.entrypoints.convert_fp8 import convert_fp8
@@ -26,6 +27,7 @@ def main() -> None:
     """Plugins for an unmodified slime. Turn them on with `slime-train --plugins NAME,… <slime flags>`."""
 
 
+main.add_command(bench_draft)
 main.add_command(check_fp8)
 main.add_command(convert_bf16)
 main.add_command(convert_fp8)

@@ -155,6 +155,7 @@ def make_folder(folder: Path) -> None:
 
 def write_inputs(rehearsal: Rehearsal) -> list[str]:
     """Write the model and the prompts into the rehearsal's folder; the command that trains on them."""
+    shapes = Plugins.named(rehearsal.all_plugins).hook.tiny_model_shape()
     model = write_tiny_model(
         rehearsal.folder / "model",
         seed=rehearsal.seed,
@@ -164,6 +165,7 @@ def write_inputs(rehearsal: Rehearsal) -> list[str]:
         experts=rehearsal.experts,
         topk=rehearsal.topk,
         tensor_parallel=rehearsal.tensor_parallel,
+        **{name: size for shape in shapes for name, size in shape.items()},
     )
     prompts = rehearsal.rollouts * PROMPTS_PER_ROLLOUT
     toy_task.write_prompts(rehearsal.folder / toy_task.PROMPTS, prompts, rehearsal.seed)
@@ -189,8 +191,9 @@ def slime_flags(rehearsal: Rehearsal, model: TinyModel, task: Sequence[str]) -> 
         "--expert-tensor-parallel-size": 1,
         "--pipeline-model-parallel-size": rehearsal.pipeline_parallel,
     }
-    prepared = Plugins.named(rehearsal.all_plugins).hook.prepare_tiny_model(folder=model.folder)
-    checkpoint = {"--hf-checkpoint": prepared or model.folder, "--load": model.folder}
+    plugins = Plugins.named(rehearsal.all_plugins)
+    checkpoint = plugins.hook.prepare_tiny_model(folder=model.folder) or model.folder
+    checkpoints = {"--hf-checkpoint": checkpoint, "--load": model.folder}
     rollout = {
         "--num-rollout": rehearsal.rollouts,
         "--rollout-batch-size": PROMPTS_PER_ROLLOUT,
@@ -208,12 +211,14 @@ def slime_flags(rehearsal: Rehearsal, model: TinyModel, task: Sequence[str]) -> 
         "--lr-decay-style": "constant",
         "--seed": rehearsal.seed,
     }
-    options = {**cluster, **checkpoint, **rollout, **training}
+    options = {**cluster, **checkpoints, **rollout, **training}
+    by_plugins = [word for flags in plugins.hook.rehearsal_flags(checkpoint=checkpoint) for word in flags]
     return [
         *model.flags,
         *(word for name, value in options.items() for word in (name, str(value))),
         *(["--sequence-parallel"] if rehearsal.tensor_parallel > 1 else []),  # Megatron-LM demands it for MoE
         *task,
+        *by_plugins,
         *rehearsal.extra_flags,  # last, so that they win
     ]
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from miles_plugins.linears import Linear
     from miles_plugins.microbatch import Microbatch
     from miles_plugins.packing import Rank, Schedule
+    from miles_plugins.spec_rl.draft_loss import Targets
 
 PROJECT = "miles_plugins"
 ROLES = (
@@ -97,6 +98,23 @@ def process_environment(role: str) -> Mapping[str, str]:  # type: ignore[empty-b
     """
 
 
+@hookspec
+def tiny_model_shape() -> Mapping[str, int]:  # type: ignore[empty-body]
+    """A tiny random model is about to be made to try the plugins on (`miles-plugins rehearse`; driver): its shape.
+
+    Return what the plugin needs of it, by the names that `write_tiny_model` has: `{"draft_layers": 1}`.
+    """
+
+
+@hookspec
+def rehearsal_flags(checkpoint: Path) -> Sequence[str]:  # type: ignore[empty-body]
+    """`miles-plugins rehearse` is about to start slime (driver): flags by which the plugin has something to do.
+
+    For what a plugin by itself leaves to the user's flags (`default_flags` are there as well). `checkpoint` is what
+    --hf-checkpoint will be. The user's own flags come after them, and win.
+    """
+
+
 @hookspec(firstresult=True)
 def prepare_tiny_model(folder: Path) -> Path | None:
     """A tiny random model was made to try the plugins on (`miles-plugins rehearse`, `slime-train --embedded`; driver).
@@ -151,6 +169,16 @@ def after_weight_update(server_args: Any, received: Mapping[str, int]) -> None:
 
 
 @hookspec(firstresult=True)
+def draft_is_trained(args: Namespace) -> bool | None:
+    """A server that drafts (speculative decoding) is about to start (engine): is its draft among what is trained?
+
+    True: the draft loads the tensors of each weight update with the target, and an update that leaves a part of it as
+    it was fails. False: updates pass it by. None leaves it to SGLang, whose releases differ. A plugin with this hook
+    needs `after_weight_update` as well: without it nobody says where an update ends.
+    """
+
+
+@hookspec(firstresult=True)
 def encode_routed_experts(experts: torch.Tensor) -> str | None:
     """The recorded routing of one finished request leaves the SGLang server (sglang_detokenizer).
 
@@ -169,6 +197,15 @@ def receive_response(args: Namespace, sample: Any, meta_info: dict[str, Any]) ->
     `sample` is slime's `Sample`; the response's tokens are in it already. Take out of `meta_info`, in place, what slime
     shall not see. On slime before v0.3.1 it is called when slime has read the response, with a copy of `meta_info`:
     `routed_experts` alone was withheld from slime, and changes reach nobody.
+    """
+
+
+@hookspec(firstresult=True)
+def speculation_counts(meta_info: Mapping[str, Any]) -> Mapping[str, int] | None:
+    """slime is about to count what speculative decoding did for one response, or a part of one (rollout_manager).
+
+    Return the names it reads, with what is true of `meta_info`: `spec_accept_token_num`, `spec_draft_token_num`,
+    `spec_verify_ct`, `completion_tokens`. None leaves `meta_info` as it is.
     """
 
 
@@ -413,6 +450,18 @@ def step_metrics(args: Namespace) -> Mapping[str, float]:  # type: ignore[empty-
 @hookspec
 def metrics_logged(args: Namespace, metrics: Mapping[str, Any], step_key: str) -> None:
     """slime logged a set of metrics (driver, rollout_manager or trainer). `metrics[step_key]` is the step."""
+
+
+@hookspec(firstresult=True)
+def draft_targets(model: torch.nn.Module, microbatch: Microbatch) -> Targets | None:
+    """A model with a draft (--mtp-num-layers) computes its output in training mode (trainer): what does that learn?
+
+    Called in the forward pass of a microbatch, with gradients, on the last pipeline stage; not where activations are
+    recomputed. `model` is Megatron's GPTModel, the actor's or another's; `microbatch` the one that runs. Return
+    `miles_plugins.spec_rl.draft_loss.Targets` of its packed stream. None leaves the draft out: it is not computed then,
+    as it never is in passes without gradient. Either way the model's output and gradients are those that it would have
+    without a draft. The loss is scaled by --mtp-loss-scaling-factor, and reaches the draft's own parameters only.
+    """
 
 
 # -- every process ---------------------------------------------------------------------------------------------------

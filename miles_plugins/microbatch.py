@@ -25,16 +25,21 @@ class Microbatch:
         positions: [tokens] int64, where each token of this rank's MoE layers comes from: its position in the
             concatenation of the samples' tokens (`batch["unconcat_tokens"]`), -1 for padding. Packing, padding, context
             and sequence parallelism are all in it.
+        stream: [packed tokens] int64, the same of this rank's packed stream, as attention sees it: sequence parallelism
+            shares that among ranks, which have `positions` each.
         chunk: the virtual pipeline stage whose forward pass this is; 0 without such stages.
         values: what plugins keep with it, by plugin name.
         recomputing: whether activations are being recomputed, not computed for the first time.
     """
 
-    __slots__ = ("batch", "chunk", "positions", "recomputing", "values")
+    __slots__ = ("batch", "chunk", "positions", "recomputing", "stream", "values")
 
-    def __init__(self, batch: dict[str, Any], positions: torch.Tensor, chunk: int = 0) -> None:
+    def __init__(
+        self, batch: dict[str, Any], positions: torch.Tensor, chunk: int = 0, stream: torch.Tensor | None = None
+    ) -> None:
         self.batch = batch
         self.positions = positions
+        self.stream = positions if stream is None else stream
         self.chunk = chunk
         self.values: dict[str, Any] = {}
         self.recomputing = False
@@ -69,10 +74,15 @@ def announced_pass(hook: Any, args: Namespace, stage: str, model: Sequence[Any])
 
 
 def begin_microbatch(
-    hook: Any, args: Namespace, batch: dict[str, Any], positions: torch.Tensor, chunk: int = 0
+    hook: Any,
+    args: Namespace,
+    batch: dict[str, Any],
+    positions: torch.Tensor,
+    chunk: int = 0,
+    stream: torch.Tensor | None = None,
 ) -> None:
     """The forward pass of one microbatch begins: see `Microbatch` for its parts."""
-    microbatch = Microbatch(batch, positions, chunk)
+    microbatch = Microbatch(batch, positions, chunk, stream)
     set_current(microbatch)
     hook.microbatch_begins(args=args, microbatch=microbatch)
 

@@ -16,6 +16,7 @@ MODULES = (
     "miles_plugins.patches.slime.processes",
     "miles_plugins.patches.slime.rollout_manager",
     "miles_plugins.patches.slime.responses",
+    "miles_plugins.patches.slime.speculation",
     "miles_plugins.patches.slime.shared_data",
     "miles_plugins.patches.slime.training",
     "miles_plugins.patches.slime.losses",
@@ -26,15 +27,18 @@ MODULES = (
     "miles_plugins.patches.megatron.router",
     "miles_plugins.patches.megatron.recompute",
     "miles_plugins.patches.megatron.linear",
+    "miles_plugins.patches.megatron.draft",
     "miles_plugins.patches.sglang.processes",
     "miles_plugins.patches.sglang.weights",
     "miles_plugins.patches.sglang.requests",
     "miles_plugins.patches.sglang.routing",
     "miles_plugins.patches.sglang.narrow_routing",
+    "miles_plugins.patches.sglang.draft",
     "miles_plugins.patches.torch.cpu",
     "miles_plugins.patches.megatron.cpu",
     "miles_plugins.patches.slime.cpu",
     "miles_plugins.patches.sglang.cpu",
+    "miles_plugins.patches.sglang.cpu_speculation",
 )
 
 
@@ -55,7 +59,9 @@ class Host:
 SLIME = Host("slime", MODULES)
 # Always: Megatron's local modules do not train packed sequences by themselves on any device (`choose_device`), and the
 # host itself asks which microbatch runs (`microbatch_begins`).
-_EMBEDDED = tuple(f"miles_plugins.patches.megatron.{module}" for module in ("router", "recompute", "linear", "cpu"))
+_EMBEDDED = tuple(
+    f"miles_plugins.patches.megatron.{module}" for module in ("router", "recompute", "linear", "draft", "cpu")
+)
 EMBEDDED_ON_GPU = Host("embedded", _EMBEDDED, always=frozenset({"choose_device", "microbatch_begins"}))
 EMBEDDED_ON_CPU = Host("embedded", (*_EMBEDDED, "miles_plugins.patches.torch.cpu"), always=EMBEDDED_ON_GPU.always)
 

@@ -191,6 +191,16 @@ def test_the_gate_is_a_matrix_product_in_the_routers_type(with_bias, dtype):
             4,
             "module.decoder.layers.2.self_attention.linear_qkv.layer_norm_weight",
         ),
+        (
+            "module.mtp.layers.0.transformer_layer.input_layernorm.weight",
+            0,
+            "module.mtp.layers.0.transformer_layer.self_attention.linear_qkv.layer_norm_weight",
+        ),
+        (
+            "module.mtp.layers.0.transformer_layer.mlp.experts.local_experts.1.linear_fc1.weight",
+            4,
+            "module.mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight5",
+        ),
     ],
 )
 def test_local_names_become_transformer_engines(name, offset, expected):

@@ -137,7 +137,7 @@ def test_shuffled_prompts_depend_on_the_rollout_and_the_seed_alone(tmp_path: Pat
     assert whole != labels(1, range(4))
 
 
-FILL = Namespace(num_layers=3, moe_router_topk=2)
+FILL = Namespace(num_layers=3, moe_router_topk=2, sglang_speculative_algorithm=None)
 
 
 def an_answer() -> Answer:

@@ -136,7 +136,8 @@ SHARED = tuple(
 # A read-only look at SGLang, which only its seam may name; and at the files of what is installed.
 ALSO_ALLOWED = {
     "r3_replay": {f"miles_plugins.patches.sglang.routing.{name}" for name in ("capturer", "switched_off")},
-    "fp8_unified": {"miles_plugins.compat.fp8_upstream"},
+    "fp8_unified": {"miles_plugins.compat.fp8_upstream", "miles_plugins.compat.slime_drafts"},
+    "spec_rl": {f"miles_plugins.compat.slime_drafts.{name}" for name in ("logs_each_loss", "mtp_names_agree")},
 }
 
 

@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -82,9 +83,14 @@ class Cluster:
         )
 
     def stop(self) -> None:
-        processes = [self.head, *psutil.Process(self.head.pid).children(recursive=True)]
-        for process in reversed(processes):
-            process.kill()
+        """Also of a head that has ended by itself, whose processes are nobody's children then."""
+        processes = [each for each in psutil.process_iter(["cmdline"]) if str(self.folder) in str(each.info["cmdline"])]
+        with suppress(psutil.NoSuchProcess):
+            processes += psutil.Process(self.head.pid).children(recursive=True)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.head.kill()
         self.head.wait()
         self.log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -103,6 +109,25 @@ def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hello-ray\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[miles_plugins]\nhello_ray = hello_ray\n")
     return folder
+
+
+def test_a_head_that_does_not_start_is_stopped_and_another_one_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="mp-", dir="/tmp"))
+    start = Cluster._start
+    heads = []
+
+    def first_fails(self: Cluster, environment: dict[str, str], dashboard: int | None) -> None:
+        start(self, environment, dashboard)
+        if not heads:
+            self.head.kill()
+            self.head.wait()
+        heads.append(self.head.pid)
+
+    monkeypatch.setattr(Cluster, "_start", first_fails)
+    running = Cluster(folder, {})
+    running.stop()
+    assert len(set(heads)) == 2
+    assert not [each for each in psutil.process_iter(["cmdline"]) if str(folder) in str(each.info["cmdline"])]
 
 
 @pytest.fixture(scope="module")

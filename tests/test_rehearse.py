@@ -18,7 +18,9 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from miles_plugins import hookimpl
 from miles_plugins.console import Interrupted, read_metrics
 from miles_plugins.cpu_rehearsal.tiny_model import TinyModel
 from miles_plugins.entrypoints import rehearse as module
@@ -47,6 +50,7 @@ from miles_plugins.entrypoints.rehearse import (
     tables,
 )
 from miles_plugins.errors import ArgumentError, UpstreamError
+from miles_plugins.manager import Installed, Plugin, Plugins
 
 ROLES = (
     "driver",
@@ -358,6 +362,28 @@ def test_the_shape_reaches_the_model(rehearsal: Rehearsal) -> None:
     assert following(command, "--moe-layer-freq") == "[0]*1+[1]*2"
     assert following(command, "--num-experts") == "16"
     assert following(command, "--moe-router-topk") == "4"
+
+
+def test_plugins_say_what_they_need_of_the_model_and_what_to_try(
+    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+
+    class Drafts:
+        @hookimpl
+        def tiny_model_shape(self) -> dict[str, int]:
+            return {"draft_layers": 1}
+
+        @hookimpl
+        def rehearsal_flags(self, checkpoint: Path) -> list[str]:
+            return ["--draft-from", str(checkpoint), "--lr", "5"]
+
+    plugins = Plugins([Plugin(Installed("drafts", "", "1", EntryPoint("drafts", "drafts", "")), Drafts())])
+    monkeypatch.setattr(module.Plugins, "named", lambda names: plugins)
+    command = module.write_inputs(replace(rehearsal, extra_flags=("--lr", "6")))
+    assert following(command, "--mtp-num-layers") == "1"
+    assert following(command, "--draft-from") == following(command, "--hf-checkpoint")
+    assert [value for flag, value in pairwise(command) if flag == "--lr"] == ["0.001", "5", "6"]  # the last wins
 
 
 def test_every_option_reaches_the_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,9 @@ PATCHES = [patch for seam in SEAMS for patch in seam.everywhere()]
 HOOKS = {name: value for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")}
 # Called by the layer itself: by its commands, or in patches that are there whenever any plugin is (no Seam.hooks).
 OF_THE_LAYER = {
+    "tiny_model_shape",
     "prepare_tiny_model",
+    "rehearsal_flags",
     "default_flags",
     "register_arguments",
     "configure",

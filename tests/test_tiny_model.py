@@ -114,6 +114,31 @@ def test_without_dense_layers_it_is_qwen3_moe(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1])
+def test_a_draft_is_a_layer_after_the_last(tmp_path: Path, dense_layers: int) -> None:
+    model = write_tiny_model(tmp_path / "draft", layers=2, dense_layers=dense_layers, experts=4, draft_layers=1)
+    tensors = load_file(tmp_path / "draft" / "model.safetensors")
+    parts = {
+        layer: {name.split(".", 3)[3] for name in tensors if name.startswith(f"model.layers.{layer}.")}
+        for layer in range(4)
+    }
+    joint = {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"}
+    assert parts[2] == parts[1] | joint
+    assert "mlp.shared_experts.up_proj.weight" in parts[1]
+    assert not parts[3]
+    assert tensors["model.layers.2.eh_proj.weight"].shape == (64, 128)
+    assert tensors["model.layers.2.eh_proj.weight"].float().std() == pytest.approx(0.02, rel=0.2)
+    assert options(model.flags)["--mtp-num-layers"] == "1"
+    assert options(model.flags)["--num-layers"] == "2"
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert config["architectures"] == ["Glm4MoeForCausalLM"]  # of which SGLang and slime know the draft
+    assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (2, 1)
+    assert config["first_k_dense_replace"] == dense_layers
+    assert parts[0] == parts[1] or dense_layers
+    without = write_tiny_model(tmp_path / "none", layers=2, dense_layers=1)
+    assert "--mtp-num-layers" not in without.flags
+
+
+@pytest.mark.parametrize("dense_layers", [0, 1])
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_the_flags_are_the_config(tmp_path: Path, tensor_parallel: int, dense_layers: int) -> None:
     shape = {"layers": 3, "hidden_size": 32, "experts": 4, "topk": 3, "tensor_parallel": tensor_parallel}
@@ -226,6 +251,7 @@ print(json.dumps({
         {"layers": 0},
         {"dense_layers": 2},
         {"dense_layers": -1},
+        {"draft_layers": 2},
         {"hidden_size": 63},
     ],
 )

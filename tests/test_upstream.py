@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from miles_plugins.console import read_metrics, steps_of
 from tests.wheels import unpacked_commit
 
 pytestmark = pytest.mark.upstream
@@ -283,6 +285,38 @@ def test_routing_is_replayed_behind_a_dense_layer_on_two_ranks_that_recompute(
     assert sum(process["role"] == "sglang_scheduler" for process in answer["processes"]) == engines
     # Otherwise two ranks of data parallelism would pass too.
     assert logged in (folder / "slime.log").read_text()
+
+
+@pytest.mark.usefixtures("upstream_path")
+def test_the_draft_of_the_real_engine_learns_from_the_real_trainer(slime: Path, megatron: Path, tmp_path: Path) -> None:
+    folder, rollouts = tmp_path / "run", 8
+    # A policy that learns fast: to draft for it, the draft must learn as well (frozen, 0.7 % became 0.3 %).
+    fast = ["--lr", "1e-2", "--rollout-max-response-len", "24"]
+    result = rehearse(slime, megatron, folder, "--plugins", "r3,spec", "--rollouts", str(rollouts), "--", *fast)
+    answer = passed(result, folder, rollouts=rollouts)
+    replayed_everywhere(answer)  # what the draft routes is not recorded
+
+    metrics = read_metrics(folder / "metrics.jsonl")
+    losses = [step["train/mtp_loss"] for step in steps_of(metrics, "train/step").values()]
+    assert losses[0] == pytest.approx(math.log(128), abs=0.1)  # a random draft knows nothing
+    assert losses[-1] < losses[0] - 0.3
+    steps = list(steps_of(metrics, "rollout/step").values())
+    assert all(step["rollout/spec/verified"] > 300 for step in steps)
+    rates = [step["rollout/spec/accept_rate"] for step in steps]
+    assert sum(rates[-2:]) > 1.5 * sum(rates[:2])
+    assert steps[-1]["rollout/spec/accept_length"] > steps[0]["rollout/spec/accept_length"] > 1
+
+    # Once before the first rollout, and after each; SGLang's draft has all of its parameters from the update.
+    updates = re.findall(r"Glm4MoeForCausalLMNextN: (\d+) names received, (\d+) parameters written", _log(folder))
+    assert len(updates) == rollouts + 1
+    assert len(set(updates)) == 1
+    assert min(map(int, updates[0])) > 0
+    evidence = {process["role"]: process["probes"].get("spec_rl") for process in answer["processes"]}
+    assert evidence["sglang_scheduler"] == "EAGLE, the draft is trained"
+
+
+def _log(folder: Path) -> str:
+    return (folder / "slime.log").read_text()
 
 
 def third_party(folder: Path, name: str, code: str) -> Path:

@@ -62,7 +62,7 @@ def test_each_release_gets_its_recorded_verdicts(release: Release, tmp_path: Pat
 
 def test_what_upstream_does_itself_and_what_a_distribution_leaves_out(tmp_path: Path) -> None:
     result = verify("--against", build(RELEASES["megatron-core 0.16.1"], tmp_path / "tree"))
-    assert f"{SUPERSEDED} (4): upstream does it by itself, so nothing is changed\n  megatron.router." in result.output
+    assert f"{SUPERSEDED} (5): upstream does it by itself, so nothing is changed\n  megatron.router." in result.output
     assert f"{LEFT_OUT} (1)" in result.output
     assert "there is no megatron.training" in result.output
     assert "not there    ray, slime, sglang, torch: their patches were not judged" in result.output

@@ -1,7 +1,8 @@
 """A random mixture-of-experts checkpoint, small enough to train on two CPU cores, in Hugging Face format.
 
-Qwen3-MoE; with dense layers GLM-4.5, because SGLang's Qwen3-MoE builds experts in every layer, whatever
-`mlp_only_layers` says, and then runs the ones that the checkpoint lacks with uninitialised weights.
+Qwen3-MoE; with dense layers or a draft GLM-4.5: SGLang's Qwen3-MoE builds experts in every layer, whatever
+`mlp_only_layers` says, and then runs the ones that the checkpoint lacks with uninitialised weights; and slime does not
+convert a draft of Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def write_tiny_model(
     seed: int = 0,
     layers: int = 2,
     dense_layers: int = 0,
+    draft_layers: int = 0,
     hidden_size: int = 64,
     experts: int = 8,
     topk: int = 2,
@@ -56,8 +58,9 @@ def write_tiny_model(
 
     The same arguments give the same bytes. Nothing is downloaded. With the defaults: 165 k parameters, 128 tokens.
     `dense_layers`: so many of the `layers`, the first, have an ordinary MLP instead of experts; the others then have a
-    shared expert too, and a router with sigmoid scores and a bias, as GLM-4.5 does. `initializer_range`: standard
-    deviation of the matrices.
+    shared expert too, and a router with sigmoid scores and a bias, as GLM-4.5 does. `draft_layers`: 1 for a layer that
+    drafts (multi-token prediction), of the same kind as the last. `initializer_range`: standard deviation of the
+    matrices.
 
     Raises ValueError for a shape that Megatron-LM cannot train or split.
     """
@@ -71,14 +74,16 @@ def write_tiny_model(
         raise ValueError(f"{layers=} must be positive and {hidden_size=} positive and even")
     if not 0 <= dense_layers < layers:
         raise ValueError(f"{dense_layers=}: must leave at least one of the {layers=} with experts")
+    if draft_layers not in (0, 1):
+        raise ValueError(f"{draft_layers=}: GLM-4.5 has one or none")
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Megatron-LM pads the vocabulary to a multiple of 128 x TP, and its padding would join the softmax.
     vocabulary = 128 * tensor_parallel
     config = _config(vocabulary, layers, hidden_size, experts, topk)
-    if dense_layers:
-        config = _with_dense_layers(config, dense_layers)
+    if dense_layers or draft_layers:
+        config = _of_glm(config, dense_layers, draft_layers)
     config["initializer_range"] = initializer_range
     _write_json(folder / "config.json", config)
     _write_tokenizer(folder, vocabulary, config["max_position_embeddings"])
@@ -120,14 +125,15 @@ def _config(vocabulary: int, layers: int, hidden_size: int, experts: int, topk: 
     }
 
 
-def _with_dense_layers(config: Mapping[str, Any], dense_layers: int) -> dict[str, Any]:
-    """The Qwen3-MoE configuration as one of GLM-4.5, whose first layers have no experts."""
+def _of_glm(config: Mapping[str, Any], dense_layers: int, draft_layers: int) -> dict[str, Any]:
+    """The Qwen3-MoE configuration as one of GLM-4.5, whose first layers have no experts, and whose last may draft."""
     of_qwen = ("num_experts", "decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef")
     return {
         **{name: value for name, value in config.items() if name not in of_qwen},
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
         "first_k_dense_replace": dense_layers,
+        "num_nextn_predict_layers": draft_layers,
         "n_routed_experts": config["num_experts"],
         "n_shared_experts": 1,
         "n_group": 1,
@@ -138,8 +144,12 @@ def _with_dense_layers(config: Mapping[str, Any], dense_layers: int) -> dict[str
     }
 
 
+def _is_glm(config: Mapping[str, Any]) -> bool:
+    return "n_routed_experts" in config
+
+
 def _experts(config: Mapping[str, Any]) -> int:
-    return int(config["n_routed_experts"] if "n_routed_experts" in config else config["num_experts"])
+    return int(config["n_routed_experts"] if _is_glm(config) else config["num_experts"])
 
 
 def _flags(config: Mapping[str, Any]) -> list[str]:
@@ -174,7 +184,7 @@ def _flags(config: Mapping[str, Any]) -> list[str]:
         "--disable-bias-linear",
         "--untie-embeddings-and-output-weights",
     ]
-    if dense_layers:
+    if _is_glm(config):
         switches.append("--moe-router-enable-expert-bias")
         options |= {
             "--moe-layer-freq": f"[0]*{dense_layers}+[1]*{layers - dense_layers}",
@@ -182,6 +192,8 @@ def _flags(config: Mapping[str, Any]) -> list[str]:
             "--moe-router-bias-update-rate": 0,
             "--moe-shared-expert-intermediate-size": config["moe_intermediate_size"],
         }
+    if config.get("num_nextn_predict_layers"):
+        options["--mtp-num-layers"] = config["num_nextn_predict_layers"]
     return [word for name, value in options.items() for word in (name, str(value))] + switches
 
 
@@ -210,8 +222,14 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     key = config["num_key_value_heads"] * config["head_dim"]
 
     yield "model.embed_tokens.weight", (vocabulary, hidden)
-    for layer in range(config["num_hidden_layers"]):
+    layers = config["num_hidden_layers"]
+    for layer in range(layers + config.get("num_nextn_predict_layers", 0)):
         prefix = f"model.layers.{layer}"
+        if layer >= layers:  # what drafts has a decoder layer inside
+            yield f"{prefix}.enorm.weight", (hidden,)
+            yield f"{prefix}.hnorm.weight", (hidden,)
+            yield f"{prefix}.eh_proj.weight", (hidden, 2 * hidden)
+            yield f"{prefix}.shared_head.norm.weight", (hidden,)
         yield f"{prefix}.input_layernorm.weight", (hidden,)
         yield f"{prefix}.self_attn.q_proj.weight", (query, hidden)
         yield f"{prefix}.self_attn.k_proj.weight", (key, hidden)
@@ -226,7 +244,7 @@ def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{prefix}.mlp.gate.weight", (experts, hidden)
         for index in range(experts):
             yield from _gated_mlp(f"{prefix}.mlp.experts.{index}", hidden, expert)
-        if dense_layers:
+        if _is_glm(config):
             yield f"{prefix}.mlp.gate.{ROUTER_BIAS}", (experts,)
             yield from _gated_mlp(f"{prefix}.mlp.shared_experts", hidden, expert)
     yield "model.norm.weight", (hidden,)

@@ -47,7 +47,15 @@ FIXED: dict[str, Any] = {
     "offload_train": False,
     "offload_rollout": False,
     "train_env_vars": {},
+    "freeze_params_name_list": None,
 }
+
+FOLDERS = ("run_folder", "hf_checkpoint", "save", "save_hf", "load", "sglang_speculative_draft_model_path")
+DRAFT_FLAGS = (
+    *("mtp_num_layers", "enable_mtp_training", "mtp_loss_scaling_factor", "sglang_speculative_algorithm"),
+    *("sglang_speculative_num_steps", "sglang_speculative_eagle_topk", "sglang_speculative_num_draft_tokens"),
+    "sglang_speculative_draft_model_path",
+)
 
 
 # Of the random model. More layers, experts and choices than the rehearsal's: routing then differs more visibly.
@@ -169,9 +177,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training("--use-rollout-routing-replay", action="store_true", help="set by --plugins r3")
 
+    draft = parser.add_argument_group("the draft: speculative decoding, and its training with --plugins spec")
+    flag = draft.add_argument
+    flag("--mtp-num-layers", type=int, choices=[1], help="the policy has a draft (multi-token prediction)")
+    flag("--enable-mtp-training", action="store_true", help="and it is trained")
+    flag("--mtp-loss-scaling-factor", **number(0), default=0.2, help="weight of the draft's loss, for itself alone")
+    flag("--sglang-speculative-algorithm", choices=["EAGLE", "NEXTN"], help="the engine decodes speculatively")
+    flag("--sglang-speculative-num-steps", **count, help="tokens proposed before they are verified (default: 3)")
+    flag("--sglang-speculative-eagle-topk", **count, help="proposals a step, which here are 1 (default: 1)")
+    flag("--sglang-speculative-num-draft-tokens", **count, help="tokens that are verified (default: steps + 1)")
+    flag("--sglang-speculative-draft-model-path", **folder, help="where the draft is (default: --hf-checkpoint)")
+
     checkpoints = parser.add_argument_group("checkpoints").add_argument
     checkpoints("--save", **folder, help="where to save; always after the last rollout")
     checkpoints("--save-interval", **count, help="also after every N rollouts")
+    checkpoints("--save-hf", **folder, help="where to save the last weights as a Hugging Face checkpoint")
     checkpoints("--load", **folder, help="a folder of --save, to go on from its latest checkpoint")
     checkpoints(
         "--load-with-other-plugins", action="store_true", help="go on although the checkpoint had other plugins"
@@ -227,7 +247,8 @@ def baseline_flags(flags: Sequence[str], plugins: Plugins) -> list[str]:
     words: list[str] = []
     for action in build_parser()._actions:
         value = getattr(args, action.dest, action.default)
-        if action.dest in ("compare", "json", "run_folder", "use_rollout_routing_replay") or value == action.default:
+        left_out = (*DRAFT_FLAGS, "compare", "json", "run_folder", "use_rollout_routing_replay")
+        if action.dest in left_out or value == action.default:
             continue
         words += [action.option_strings[0]] if action.nargs == 0 else [action.option_strings[0], str(value)]
     return words
@@ -244,7 +265,7 @@ def complete(args: Namespace) -> None:
     """
     if args.run_folder is None:
         args.run_folder = Path("runs") / time.strftime("embedded-%Y%m%d-%H%M%S")
-    for name in ("run_folder", "hf_checkpoint", "prompt_data", "save", "load"):
+    for name in (*FOLDERS, "prompt_data"):
         if (path := getattr(args, name)) is not None:
             setattr(args, name, path.expanduser().absolute())
     if args.prompt_data is None:
@@ -268,7 +289,34 @@ def complete(args: Namespace) -> None:
             {"--n-samples-per-prompt": args.n_samples_per_prompt},
             "give at least 2: GRPO compares the samples of a group",
         )
+    _complete_draft(args, samples)
     if args.threads > (cores := len(os.sched_getaffinity(0))):
         raise ArgumentError(f"--threads {args.threads}: there are {cores} cores here")
     if args.compare and (args.save or args.load):
         raise ArgumentError("--compare runs twice from the start", next="leave --save and --load out")
+
+
+def _complete_draft(args: Namespace, samples: int) -> None:
+    args.sglang_max_running_requests = samples  # the engine decodes a whole rollout at once
+    if args.enable_mtp_training and not args.mtp_num_layers:
+        raise ArgumentError("--enable-mtp-training: there is no draft to train", next="give --mtp-num-layers 1 as well")
+    if args.sglang_speculative_algorithm is None:
+        given = [name for name in DRAFT_FLAGS if name.startswith("sglang_") and getattr(args, name) is not None]
+        if given:
+            raise ArgumentError(
+                f"--{given[0].replace('_', '-')} is given, and the engine does not speculate",
+                next="give --sglang-speculative-algorithm EAGLE as well",
+            )
+        return
+    args.sglang_speculative_num_steps = steps = args.sglang_speculative_num_steps or 3
+    args.sglang_speculative_eagle_topk = topk = args.sglang_speculative_eagle_topk or 1
+    args.sglang_speculative_num_draft_tokens = tokens = args.sglang_speculative_num_draft_tokens or steps + 1
+    if topk != 1 or tokens != steps + 1:
+        raise ArgumentError(
+            "the embedded host drafts a chain: one proposal a step",
+            {
+                "--sglang-speculative-eagle-topk": f"{topk}, expected 1",
+                "--sglang-speculative-num-draft-tokens": f"{tokens}, expected {steps + 1}: the steps and one",
+            },
+            "leave both out",
+        )

@@ -66,6 +66,12 @@ def main(names: Sequence[str], flags: Sequence[str]) -> int:
         raise ArgumentError(
             "--use-rollout-routing-replay is given and nothing replays", next="name the plugin that does: --plugins r3"
         )
+    if args.mtp_num_layers and not plugins.implement("draft_targets"):
+        raise ArgumentError(
+            "--mtp-num-layers is given, and stock Megatron cannot run a model with a draft here",
+            {"why": "it wants labels for the draft in every pass, and trains the policy with the draft's loss"},
+            "name the plugin that trains it: --plugins spec; or leave the flag out",
+        )
     done = begin_or_continue(args)
     return compare(args, plugins, flags) if args.compare else train(args, plugins, done)
 
@@ -183,13 +189,18 @@ def _activate(plugins: Plugins, args: Namespace) -> tuple[Activation, torch.devi
     host = EMBEDDED_ON_CPU if device.type == "cpu" else EMBEDDED_ON_GPU
     activation = activate(plugins.names, "driver", environment={}, host=host)
     activation.check()
+    quiet_upstream()
+    return activation, device
+
+
+def quiet_upstream() -> None:
+    """Keep what upstream says about the CPU, and the progress of loading a tiny model, from the terminal."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.nn\.functional")
-    for name in ("megatron.core", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return activation, device
+    for name in ("megatron.core", "transformers"):  # now: transformers sets its own when it is imported
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

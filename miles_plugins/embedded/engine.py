@@ -7,6 +7,9 @@ It does as SGLang 0.5.15 does in what training depends on:
 * Log-probs are of softmax(logits / temperature), before top-k and top-p; of softmax(logits) where the choice is greedy.
 * top-k and top-p are both taken from the whole distribution; a token is kept while those before it hold at most top_p.
 * Routing that the server does not record is left out of the answer, without an error.
+* With a draft it decodes speculatively (`speculation.py`), and counts as SGLang does; log-probs and routing are of the
+  target's passes. Unlike SGLang's, whose random numbers no seed of a request reaches, an answer with a `sampling_seed`
+  is that of plain decoding.
 
 Unlike SGLang it refuses what it does not know: a field that is ignored is a wrong number later.
 """
@@ -26,6 +29,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miles_plugins.embedded.draft import LAYERS_KEY, Draft, is_of_draft, tensors_of_draft
 from miles_plugins.embedded.generate_request import (
     GenerateRequest,
     Sampling,
@@ -49,6 +53,7 @@ from miles_plugins.embedded.hugging_face import (
     read_tensors,
     require_known_fusion,
 )
+from miles_plugins.embedded.speculation import Row, speculate
 from miles_plugins.embedded.token_choice import ending_tokens, token_chooser
 from miles_plugins.errors import ArgumentError, PluginError
 
@@ -68,6 +73,11 @@ class ServerArgs:
     random_seed: int
     enable_return_routed_experts: bool
     weight_version: str = "default"
+    speculative_algorithm: str | None = None
+    speculative_num_steps: int | None = None
+    speculative_eagle_topk: int | None = None
+    speculative_num_draft_tokens: int | None = None
+    speculative_draft_model_path: str | None = None
 
 
 class Answer(dict[str, Any]):
@@ -90,7 +100,9 @@ class RolloutEngine:
         encode: makes the text of `routed_experts` from [tokens, MoE layers, topk] ids, uint8 up to 256 experts and
             int16 above; None for SGLang's own.
         receive: makes of arriving weights, also of a quantized checkpoint's, those that are loaded.
-        built: called with the model of `transformers`, before a quantized checkpoint's weights are loaded.
+        built: called with the model of `transformers`, before a quantized checkpoint's weights are loaded; and with the
+            draft's.
+        draft_is_trained: weight updates are of the draft as well; else they pass it by.
 
     Raises:
         ArgumentError: the folder or an argument of the server cannot be used.
@@ -105,6 +117,7 @@ class RolloutEngine:
         encode: Callable[[torch.Tensor], str | None] = lambda _: None,
         receive: Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[tuple[str, torch.Tensor]]] = iter,
         built: Callable[[Any], None] = lambda _: None,
+        draft_is_trained: bool = False,
     ) -> None:
         import torch
 
@@ -119,6 +132,10 @@ class RolloutEngine:
         self._encode = encode
         self._receive = receive
         self._lock = threading.Lock()  # a generation never sees two weight versions
+        self.draft = self._load_draft(folder) if server_args.speculative_algorithm else None
+        if self.draft is not None:
+            built(self.draft.module)
+        self._draft_is_trained = self.draft is not None and draft_is_trained
         if is_quantized(folder):
             self.update_weights(read_tensors(Path(folder)).items(), server_args.weight_version)
         if server_args.enable_return_routed_experts and not self._routers:
@@ -126,6 +143,20 @@ class RolloutEngine:
         eos = (self.model.config.eos_token_id, self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self._eos = {token for ids in eos for token in ([ids] if isinstance(ids, int) else ids or ())}
         self._random = torch.Generator().manual_seed(server_args.random_seed)
+
+    def _load_draft(self, folder: str | Path) -> Draft:
+        args = self.server_args
+        chain = (args.speculative_algorithm, args.speculative_eagle_topk, args.speculative_num_draft_tokens)
+        steps = args.speculative_num_steps or 0
+        if chain not in {(name, 1, steps + 1) for name in ("EAGLE", "NEXTN")} or steps < 1:
+            found = f"{chain[0]} with {steps} steps, top-k {chain[1]}, {chain[2]} draft tokens"
+            raise refusal("speculation of this kind is not supported", found, "EAGLE with top-k 1 and steps + 1 tokens")
+        source = Path(args.speculative_draft_model_path or folder)
+        draft = Draft(self.model)
+        check_model_folder(source)
+        tensors = tensors_of_draft(source, self.model.config.num_hidden_layers)
+        draft.load(dict(self._receive(tensors.items())) if is_quantized(source) else tensors, source)
+        return draft
 
     # -- generate ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +235,7 @@ class RolloutEngine:
                 )
 
     def _decode(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling], record: bool) -> list[Answer]:
-        """Generate for all prompts at once: left-padded, one forward pass a step.
+        """Generate for all prompts at once, left-padded.
 
         A row that has ended stays in the batch; what it yields from there on is left out.
         """
@@ -219,43 +250,61 @@ class RolloutEngine:
         positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
         choose = token_chooser(samplings, self._random, device)
         ends = ending_tokens(samplings, self._eos).to(device)
-
-        tokens: list[torch.Tensor] = []
-        log_probs: list[torch.Tensor] = []
-        lengths, alive, cache = torch.zeros_like(limits), limits > 0, None
+        draft_steps = self.server_args.speculative_num_steps or 0
         with torch.inference_mode(), self._recording(record) as routing:
-            for step in range(steps):
-                output = self.model(
-                    input_ids=ids,
-                    attention_mask=mask[:, : width + step],
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                token, log_prob = choose(output.logits[:, -1].float(), step)
-                tokens.append(token)
-                log_probs.append(log_prob)
-                lengths += alive
-                alive = alive & (lengths < limits) & ~(token[:, None] == ends).any(-1)
-                if not alive.any():
-                    break
-                ids, positions, cache = token[:, None], positions[:, -1:] + 1, output.past_key_values
-
-        all_ids, all_log_probs = torch.stack(tokens, dim=1).cpu(), torch.stack(log_probs, dim=1).cpu()
-        if not all_log_probs.isfinite().all():
-            found = {"weight_version": self.server_args.weight_version, "prompts": rows}
-            raise PluginError("the rollout model's output is not finite", found, "look at the last training steps")
+            if self.draft is None:
+                found, slots = self._decode_plainly(ids, mask, positions, choose, limits, ends), mask.bool()
+            else:
+                prompt_slots = mask[:, :width].bool()
+                found, slots = speculate(self.model, self.draft, draft_steps, ids, prompt_slots, choose, limits, ends)
+        if not all(map(math.isfinite, (log_prob for row in found for log_prob in row.log_probs))):
+            facts = {"weight_version": self.server_args.weight_version, "prompts": rows}
+            raise PluginError("the rollout model's output is not finite", facts, "look at the last training steps")
         experts = self._stacked(routing, rows) if record else None
         answers = []
-        for row, length in enumerate(lengths.tolist()):
-            own, probs = all_ids[row, :length].tolist(), all_log_probs[row, :length].tolist()
-            answers.append(self._answer(len(prompts[row]), samplings[row], own, probs))
+        for row, decoded in enumerate(found):
+            answers.append(self._answer(len(prompts[row]), samplings[row], decoded.tokens, decoded.log_probs))
+            answers[-1]["meta_info"] |= decoded.counts(draft_steps)
             if experts is not None:
-                kept = experts[row, width - len(prompts[row]) : width + length - 1].contiguous()
+                own = experts[row][slots[row, : experts.shape[1]].cpu()]  # the last token was never forwarded
+                kept = own[: len(prompts[row]) + len(decoded.tokens) - 1].contiguous()
                 answers[-1].routing = kept
                 answers[-1]["meta_info"]["routed_experts"] = self._encoded(kept)
         return answers
+
+    def _decode_plainly(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        choose: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+        limits: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> list[Row]:
+        """One token a pass; `mask` [rows, width + steps] is of the slots that there will be."""
+        import torch
+
+        width, tokens, log_probs = ids.shape[1], [], []
+        lengths, alive, cache = torch.zeros_like(limits), limits > 0, None
+        for step in range(mask.shape[1] - width):
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask[:, : width + step],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            token, log_prob = choose(output.logits[:, -1].float(), step)
+            tokens.append(token)
+            log_probs.append(log_prob)
+            lengths += alive
+            alive = alive & (lengths < limits) & ~(token[:, None] == ends).any(-1)
+            if not alive.any():
+                break
+            ids, positions, cache = token[:, None], positions[:, -1:] + 1, output.past_key_values
+        decoded = (torch.stack(each, dim=1).tolist() for each in (tokens, log_probs))
+        return [Row(ids[:n], of_ids[:n]) for ids, of_ids, n in zip(*decoded, lengths.tolist(), strict=True)]
 
     def _encoded(self, routing: torch.Tensor) -> str:
         import torch
@@ -314,7 +363,8 @@ class RolloutEngine:
         """Take new values for every parameter, under its name in a Hugging Face checkpoint (one tensor an expert).
 
         They pass `receive` first. The iterable is consumed once and lazily; its tensors may be reused after each step.
-        All or nothing: the values wait in the model's dtype, and are copied into place when all have come.
+        All or nothing: the values wait in the model's dtype, and are copied into place when all have come. A draft that
+        is trained takes its own, which must be there. Those of one that is not, or not here, are left out.
 
         Raises:
             PluginError: a name is unknown, came twice or is missing, or a tensor has another shape, no floating dtype,
@@ -322,10 +372,12 @@ class RolloutEngine:
         """
         import torch
 
-        places = checkpoint_places(self.model)
+        places = {**checkpoint_places(self.model), **self._draft_places()}
         problems: dict[str, list[str]] = {}
         came: dict[str, torch.Tensor] = {}
         for name, tensor in self._receive(named_tensors):
+            if name not in places and self._passes_by(name):
+                continue
             if name not in places:
                 problems.setdefault("unknown", []).append(name)
                 continue
@@ -353,6 +405,15 @@ class RolloutEngine:
             for name, place in places.items():
                 place.copy_(came[name])
             self.server_args.weight_version = weight_version
+
+    def _draft_places(self) -> dict[str, torch.Tensor]:
+        return self.draft.places() if self.draft is not None and self._draft_is_trained else {}
+
+    def _passes_by(self, name: str) -> bool:
+        """Whether a tensor is of a draft that takes none."""
+        config = self.model.config
+        drafts = bool(getattr(config, LAYERS_KEY, None)) and not self._draft_is_trained
+        return drafts and is_of_draft(name, config.num_hidden_layers)
 
     # -- HTTP --------------------------------------------------------------------------------------------------------
 

@@ -5,24 +5,29 @@ The hooks are called at the moments at which slime's patches call them, in the o
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins import attestation, linears, weights
 from miles_plugins.activation import Activation
 from miles_plugins.embedded import checkpoint, random_state
 from miles_plugins.embedded.engine import Answer, RolloutEngine, ServerArgs
-from miles_plugins.embedded.hugging_face import read_tensors, require_plain
+from miles_plugins.embedded.hugging_face import read_tensors, require_plain, save_hugging_face
 from miles_plugins.embedded.policy import SHAPE, build_policy, load_weights, named_batches
 from miles_plugins.embedded.recorder import Recorder
 from miles_plugins.embedded.results import ROLLOUT_OF_TRAIN_STEP, ROLLOUT_STEP, TRAIN_STEP, RolloutResult
 from miles_plugins.embedded.samples import Prompts, Sample, Status, fill, give_rewards, load_reward, to_train_data
 from miles_plugins.embedded.trainer import Trainer
 from miles_plugins.errors import ArgumentError, AttestationError, PluginError
+from miles_plugins.patches.sglang.draft import DRAFT, FROZEN, TRAINED
+from miles_plugins.spec_rl.accept import slimes_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -52,15 +57,25 @@ class EmbeddedRun:
             dtype="bfloat16",
             random_seed=args.rollout_seed,
             enable_return_routed_experts=True,  # also without r3: routing differences are measured in every run
+            speculative_algorithm=args.sglang_speculative_algorithm,
+            speculative_num_steps=args.sglang_speculative_num_steps,
+            speculative_eagle_topk=args.sglang_speculative_eagle_topk,
+            speculative_num_draft_tokens=args.sglang_speculative_num_draft_tokens,
+            speculative_draft_model_path=_text(args.sglang_speculative_draft_model_path),
         )
-        self.engine = RolloutEngine(
-            args.hf_checkpoint,
-            self._server_args,
-            lambda server_args, request: self._hook.receive_engine_request(server_args=server_args, request=request),
-            lambda experts: self._hook.encode_routed_experts(experts=experts),
-            self._received,
-            lambda model: self._hook.engine_model_built(server_args=self._server_args, model=model),
-        )
+        trained = self._hook.draft_is_trained(args=args) if args.sglang_speculative_algorithm else None
+        with _told(trained):
+            self.engine = RolloutEngine(
+                args.hf_checkpoint,
+                self._server_args,
+                lambda server_args, request: self._hook.receive_engine_request(
+                    server_args=server_args, request=request
+                ),
+                lambda experts: self._hook.encode_routed_experts(experts=experts),
+                self._received,
+                lambda model: self._hook.engine_model_built(server_args=self._server_args, model=model),
+                draft_is_trained=bool(trained),
+            )
         self._prompts.check_lengths(self._encode)
         with self.engine.serve() as url:  # plugins probe over HTTP, as they probe SGLang
             self._hook.rollout_ready(args=args, router_url=url, engine_urls=[url])
@@ -82,7 +97,11 @@ class EmbeddedRun:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run belongs to."""
         return {
-            "shape": {name: getattr(self.args, name) for name in SHAPE},
+            "shape": {
+                **{name: getattr(self.args, name) for name in SHAPE},
+                "mtp_num_layers": self.args.mtp_num_layers,
+                "enable_mtp_training": self.args.enable_mtp_training or None,
+            },
             "plugins": {plugin.name: plugin.version for plugin in self._activation.plugins},
             "digest": self._activation.plugins.digest,
             "run": self.args.run_id,
@@ -132,6 +151,8 @@ class EmbeddedRun:
             begun = time.perf_counter()
             samples = self.generate(rollout)
             metrics = _rollout_metrics(self.args, rollout, samples, time.perf_counter() - begun)
+            if self.args.sglang_speculative_algorithm:  # as slime does
+                metrics |= {f"rollout/{name}": value for name, value in slimes_metrics(samples).items()}
             for added in self._hook.rollout_metrics(args=self.args, samples=samples):
                 metrics |= {f"rollout/{name}": value for name, value in added.items()}
             self._log(recorder, metrics, ROLLOUT_STEP)
@@ -211,6 +232,9 @@ class EmbeddedRun:
     def _save(self, rollouts: int) -> None:
         args = self.args
         last = rollouts == args.num_rollout
+        if args.save_hf and last:
+            tensors = (pair for batch in named_batches(args, self.trainer.policy) for pair in batch)
+            save_hugging_face(args.hf_checkpoint, args.save_hf, dict(tensors))
         if args.save and (last or (args.save_interval and rollouts % args.save_interval == 0)):
             checkpoint.save(
                 args.save, rollouts, self.identity, {**self.trainer.state(), "random": random_state.capture()}
@@ -219,6 +243,24 @@ class EmbeddedRun:
     def _log(self, recorder: Recorder, metrics: Mapping[str, float], step_key: str) -> None:
         recorder.log(metrics, step_key)
         self._hook.metrics_logged(args=self.args, metrics=metrics, step_key=step_key)
+
+
+@contextmanager
+def _told(draft_is_trained: bool | None) -> Iterator[None]:
+    """As slime's servers are told whether their draft is trained: in the environment, when they are started."""
+    before = os.environ.pop(DRAFT, None)
+    if draft_is_trained is not None:
+        os.environ[DRAFT] = TRAINED if draft_is_trained else FROZEN
+    try:
+        yield
+    finally:
+        os.environ.pop(DRAFT, None)
+        if before is not None:
+            os.environ[DRAFT] = before
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _seed(seed: int, index: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -133,6 +134,26 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def save_hugging_face(source: Path, target: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a checkpoint with these tensors, and whatever else is in the folder `source`.
+
+    Raises:
+        ArgumentError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin")
+    try:
+        shutil.copytree(source, target, ignore=weights, dirs_exist_ok=True)
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, target / "model.safetensors", metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise ArgumentError(
+            "the checkpoint cannot be written", {"folder": target, "error": error}, "choose another --save-hf"
+        ) from error
+
+
 def load_model(folder: str | Path, dtype_name: str, device: str) -> Any:
     """The causal LM of a folder, ready to generate; of a quantized checkpoint its shape only, with no weights yet.
 
@@ -152,10 +173,18 @@ def load_model(folder: str | Path, dtype_name: str, device: str) -> Any:
             return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval().requires_grad_(False)
         options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
-        # transformers only warns, and fills what is missing with random numbers.
-        if wrong := {problem: listed(sorted(map(str, names))) for problem, names in info.items() if names}:
+        # transformers only warns, and fills what is missing with random numbers. A draft's layers it never loads.
+        problems = {problem: [each for each in info[problem] if not _drafts(model.config, each)] for problem in info}
+        if wrong := {problem: listed(sorted(map(str, names))) for problem, names in problems.items() if names}:
             raise refusal(f"the weights in {folder} do not belong to its config.json", wrong)
         return model.to(device).eval().requires_grad_(False)
+
+
+def _drafts(config: Any, name: object) -> bool:
+    """Whether a tensor of the checkpoint is in a layer after the last one, and the config says that those draft."""
+    found = re.match(r"model\.layers\.(\d+)\.", str(name))
+    drafts = getattr(config, "num_nextn_predict_layers", None) or 0
+    return found is not None and 0 <= int(found[1]) - config.num_hidden_layers < drafts
 
 
 def expert_ids(output: Any) -> Any:

@@ -1,4 +1,8 @@
-"""The policy: megatron-core's GPTModel with MoE layers, and its weights under their Hugging Face names."""
+"""The policy: megatron-core's GPTModel with MoE layers, and its weights under their Hugging Face names.
+
+It may have a draft (multi-token prediction). In a checkpoint that is a layer after the last one, as GLM-4.5 and
+DeepSeek-V3 have it: a decoder layer with an input projection and norms of its own. Embedding and head are the trunk's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miles_plugins.embedded.draft import DRAFT_PARTS, is_of_draft
 from miles_plugins.errors import ArgumentError, PluginError
 
 if TYPE_CHECKING:
@@ -40,6 +45,9 @@ _OTHER = {
     "decoder.final_layernorm.weight": ("model.norm.weight",),
     "output_layer.weight": ("lm_head.weight",),
 }
+_DRAFT_LAYER = dict(
+    zip(("enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight"), DRAFT_PARTS, strict=True)
+)
 
 
 SHAPE = (
@@ -106,23 +114,30 @@ def shape_of(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
 def build_policy(args: Namespace, device: torch.device) -> torch.nn.Module:
     """A GPTModel of the shape in `args`, bfloat16, with megatron-core's local (not TransformerEngine) modules.
 
+    With `args.mtp_num_layers` it has a draft. `args.freeze_params_name_list`, slime's, are regular expressions for
+    names of parameters that stay as they are.
+
     Raises:
         ArgumentError: megatron-core refuses the shape.
     """
     try:
-        return _build(args).bfloat16().to(device)  # as Megatron's Float16Module does
+        policy = _build(args).bfloat16().to(device)  # as Megatron's Float16Module does
     except (ValueError, AssertionError) as error:
         raise ArgumentError(
             "megatron-core refuses the model's shape",
             {"error": str(error).strip() or type(error).__name__, "in": args.hf_checkpoint},
             "change the shape, or give another checkpoint",
         ) from error
+    for name, parameter in policy.named_parameters():
+        if any(re.search(frozen, name) for frozen in args.freeze_params_name_list or ()):
+            parameter.requires_grad_(False)
+    return policy
 
 
 def _build(args: Namespace) -> torch.nn.Module:
     import torch
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
@@ -160,8 +175,11 @@ def _build(args: Namespace) -> torch.nn.Module:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        mtp_num_layers=args.mtp_num_layers,
+        mtp_loss_scaling_factor=args.mtp_loss_scaling_factor,
     )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    draft = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if args.mtp_num_layers else None
     policy: torch.nn.Module = GPTModel(
         config,
         spec,
@@ -170,6 +188,7 @@ def _build(args: Namespace) -> torch.nn.Module:
         position_embedding_type="rope",
         rotary_base=args.rotary_base,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        mtp_block_spec=draft,
     )
     return policy
 
@@ -177,14 +196,22 @@ def _build(args: Namespace) -> torch.nn.Module:
 # -- its weights -----------------------------------------------------------------------------------------------------
 
 
-def hugging_face_names(name: str) -> tuple[str, ...]:
+def hugging_face_names(name: str, draft: int | None = None) -> tuple[str, ...]:
     """The names, in a Hugging Face checkpoint, of what makes up one of Megatron's parameters.
+
+    Args:
+        draft: the number of the draft's layer there, which is that of the trunk's layers; None for a model without one.
 
     Raises:
         PluginError: a parameter that no rule knows.
     """
     if name in _OTHER:
         return _OTHER[name]
+    of_draft = re.fullmatch(r"mtp\.layers\.0\.(?:(?:transformer_layer|mtp_model_layer)\.)?(.+)", name)
+    if of_draft and draft is not None:
+        if of_draft[1] in _DRAFT_LAYER:
+            return (f"model.layers.{draft}.{_DRAFT_LAYER[of_draft[1]]}",)
+        name = f"decoder.layers.{draft}.{of_draft[1]}"
     expert = re.fullmatch(r"decoder\.layers\.(\d+)\.mlp\.experts\.local_experts\.(\d+)\.(.+)", name)
     if expert and expert[3] in _EXPERT:
         return tuple(f"model.layers.{expert[1]}.mlp.experts.{expert[2]}.{part}" for part in _EXPERT[expert[3]])
@@ -218,21 +245,29 @@ def join(args: Namespace, name: str, tensors: Sequence[torch.Tensor]) -> torch.T
 def named_batches(args: Namespace, policy: torch.nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """The weights under their Hugging Face names, one batch for each of Megatron's parameters."""
     for name, parameter in policy.named_parameters():
-        yield list(zip(hugging_face_names(name), split(args, name, parameter.detach()), strict=True))
+        yield list(zip(hugging_face_names(name, args.num_layers), split(args, name, parameter.detach()), strict=True))
 
 
 def load_weights(args: Namespace, policy: torch.nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Fill the policy from the tensors of a Hugging Face folder.
 
     Raises:
-        ArgumentError: a tensor is missing, is of another shape, or is one that the policy does not have.
+        ArgumentError: a tensor is missing, is of another shape, or is one that the policy does not have; but a draft
+            may be there that it does not have.
     """
     import torch
 
-    wanted = {name: hugging_face_names(name) for name, _ in policy.named_parameters()}
-    missing = sorted({part for parts in wanted.values() for part in parts} - set(tensors))
+    wanted = {name: hugging_face_names(name, args.num_layers) for name, _ in policy.named_parameters()}
+    names = {part for parts in wanted.values() for part in parts}
     tied = set() if args.untie_embeddings_and_output_weights else {"lm_head.weight"}  # a copy of the embeddings
-    foreign = sorted(set(tensors) - {part for parts in wanted.values() for part in parts} - tied)
+    missing = sorted(names - set(tensors))
+    foreign = sorted(name for name in set(tensors) - names - tied if not is_of_draft(name, args.num_layers))
+    if missing and all(is_of_draft(name, args.num_layers) for name in missing):
+        raise ArgumentError(
+            "the checkpoint has no draft, or not all of one",
+            {"in": folder, "missing": ", ".join(missing[:4])},
+            "give a checkpoint with a draft (multi-token prediction), or leave --mtp-num-layers out",
+        )
     if missing or foreign:
         raise ArgumentError(
             "the checkpoint's tensors are not those of the model in its config.json",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ STYLE: Any = {
     "legend.handlelength": 2.2,
     "lines.solid_capstyle": "round",
 }
-WIDTH, HEIGHT, DPI = 9.0, 10.0, 150  # inches, and pixels an inch
+WIDTH, PANEL, DPI = 9.0, 3.0, 150  # inches of the picture and of a panel with its title, and pixels an inch
+HEAD, FOOT = 0.7, 0.3  # inches
 SMOOTHED_FROM = 20  # rollouts; fewer need no moving mean to be read
 LAYER_LINES = 8  # more are drawn as a mean and a band
 LABEL_HEIGHT = 0.065  # of a panel
@@ -56,7 +58,26 @@ EXACTLY_ZERO = "exactly 0 in every rollout"
 def write_report(file: Path, runs: Mapping[str, Sequence[RolloutResult]], title: str) -> None:
     """Draw runs by name into a PNG of 1350 x 1500 pixels: reward, log-prob difference and routing differences.
 
+    Where there are any, the accept length of drafts and the draft's loss follow, and it is 450 pixels higher for each.
+
     Raises ArgumentError if the file cannot be written, UpstreamError without matplotlib. The file is never half there.
+    """
+    colored = {name: (COLORS[index % len(COLORS)], results) for index, (name, results) in enumerate(runs.items())}
+    every = [each for results in runs.values() for each in results]
+    panels = [partial(draw, runs=colored) for draw in _panels(every)]
+    write_picture(file, title, {name: color for name, (color, _) in colored.items()}, panels, every)
+
+
+def write_picture(
+    file: Path,
+    title: str,
+    legend: Mapping[str, str],
+    panels: Sequence[Callable[[Axes], None]],
+    results: Sequence[RolloutResult],
+) -> None:
+    """Draw panels over the rollouts of `results`, from top to bottom, under a title and a legend of name to color.
+
+    Raises as `write_report`.
     """
     try:
         import matplotlib
@@ -68,26 +89,26 @@ def write_report(file: Path, runs: Mapping[str, Sequence[RolloutResult]], title:
             "a report cannot be drawn", {"missing": error.name or error}, 'pip install "miles-plugins[embedded]"'
         ) from error
 
-    colored = {name: (COLORS[index % len(COLORS)], results) for index, (name, results) in enumerate(runs.items())}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the reader's own matplotlibrc must not change the picture
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(WIDTH, HEIGHT))
-        figure.subplots_adjust(left=0.1, right=0.895, top=0.885, bottom=0.055, hspace=0.27)
-        figure.text(0.1, 0.965, title, fontsize=min(14, 14 * 68 / max(1, len(title))), fontweight="bold", va="center")
-        handles = [Line2D([], [], color=color, linewidth=2.2, label=name) for name, (color, _) in colored.items()]
+        height = HEAD + PANEL * len(panels) + FOOT
+        figure = Figure(figsize=(WIDTH, height))
+        figure.subplots_adjust(left=0.1, right=0.895, top=1 - 1.15 / height, bottom=0.55 / height, hspace=0.27)
+        size = min(14, 14 * 68 / max(1, len(title)))
+        figure.text(0.1, 1 - 0.35 / height, title, fontsize=size, fontweight="bold", va="center")
+        handles = [Line2D([], [], color=color, linewidth=2.2, label=name) for name, color in legend.items()]
         if handles:
-            figure.legend(
-                handles=handles, loc="center left", bbox_to_anchor=(0.092, 0.937), ncols=len(runs), borderpad=0
-            )
-        panels = figure.subplots(3, 1)
-        for panel, draw in zip(panels, (_draw_reward, _draw_logprobs, _draw_routing), strict=True):
-            draw(panel, colored)
+            place = (0.092, 1 - 0.63 / height)
+            figure.legend(handles=handles, loc="center left", bbox_to_anchor=place, ncols=len(legend), borderpad=0)
+        axes = list(figure.subplots(len(panels), 1, squeeze=False)[:, 0])
+        for panel, draw in zip(axes, panels, strict=True):
+            draw(panel)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.yaxis.grid(True)
             panel.xaxis.grid(False)
-            panel.set_xlim(*_limits([each.rollout for results in runs.values() for each in results]))
-        panels[-1].set_xlabel("Rollout")
+            panel.set_xlim(*_limits([each.rollout for each in results]))
+        axes[-1].set_xlabel("Rollout")
         with writing(file):
             write_atomically(file, lambda path: figure.savefig(path, format="png", dpi=DPI, facecolor="white"))
 
@@ -95,13 +116,40 @@ def write_report(file: Path, runs: Mapping[str, Sequence[RolloutResult]], title:
 Runs = Mapping[str, tuple[str, Sequence[RolloutResult]]]  # name -> color, results
 
 
+def _panels(results: Sequence[RolloutResult]) -> list[Callable[..., None]]:
+    """What there is to be drawn, from top to bottom."""
+    panels: list[Callable[..., None]] = [_draw_reward, _draw_logprobs, _draw_routing]
+    if any(each.accept_length is not None for each in results):
+        panels.append(_draw_accept_length)
+    if any(each.draft_loss is not None for each in results):
+        panels.append(_draw_draft_loss)
+    return panels
+
+
+def _draw_accept_length(panel: Axes, runs: Runs) -> None:
+    head(panel, "Accept length of speculative decoding", "1: nothing of what is drafted is accepted")
+    panel.set_ylabel("Tokens a verification pass")
+    _draw_numbers(panel, runs, lambda each: each.accept_length)
+
+
+def _draw_draft_loss(panel: Axes, runs: Runs) -> None:
+    head(panel, "Draft loss", "")
+    panel.set_ylabel("Nats per response token")
+    _draw_numbers(panel, runs, lambda each: each.draft_loss)
+
+
+def _draw_numbers(panel: Axes, runs: Runs, of: Callable[[RolloutResult], float | None]) -> None:
+    for color, results in runs.values():
+        draw_course(panel, results, [of(each) for each in results], color)
+
+
 def _draw_reward(panel: Axes, runs: Runs) -> None:
     smoothed = any(len(results) >= SMOOTHED_FROM for _, results in runs.values())
-    _head(panel, "Reward", "thin: each rollout, thick: moving mean" if smoothed else "")
+    head(panel, "Reward", "thin: each rollout, thick: moving mean" if smoothed else "")
     values = []
     for color, results in runs.values():
         rewards = [each.reward for each in results]
-        _draw_course(panel, results, rewards, color)
+        draw_course(panel, results, rewards, color)
         values += _finite(rewards)
     panel.set_ylabel("Mean reward")
     if not values:
@@ -113,7 +161,7 @@ def _draw_reward(panel: Axes, runs: Runs) -> None:
 def _draw_logprobs(panel: Axes, runs: Runs) -> None:
     from matplotlib.lines import Line2D
 
-    _head(panel, "Train-rollout log-prob difference")
+    head(panel, "Train-rollout log-prob difference")
     panel.set_ylabel("Nats per response token")
     values: list[float] = []
     styles: dict[str, dict[str, Any]] = {
@@ -170,7 +218,7 @@ def _draw_routing(panel: Axes, runs: Runs) -> None:
     differing = [name for name, by_layer in percents.items() if any(map(any, map(_finite, by_layer.values())))]
     lines = 0 < len(layers) <= LAYER_LINES and len(differing) <= 1
     drawn = "a line for each MoE layer" if lines else "mean of the MoE layers, and their range"
-    _head(panel, "Train-rollout routing differences", drawn if differing else "")
+    head(panel, "Train-rollout routing differences", drawn if differing else "")
     panel.set_ylabel("Tokens with other experts (%)")
     values: list[float] = []
     ends: list[tuple[float, str, str]] = []
@@ -179,10 +227,10 @@ def _draw_routing(panel: Axes, runs: Runs) -> None:
         values += _finite([*overall, *(value for numbers in percents[name].values() for value in numbers)])
         if lines and name in differing:
             for (layer, numbers), shade in zip(percents[name].items(), _shades(color, len(layers)), strict=True):
-                end = _draw_course(panel, results, numbers, shade)
+                end = draw_course(panel, results, numbers, shade)
                 ends += [(end, f"layer {layer}", shade)] if end is not None else []
         else:
-            end = _draw_course(panel, results, overall, color)
+            end = draw_course(panel, results, overall, color)
             ends += [(0.0, "exactly 0", color)] if end == 0 and name not in differing else []
             if name in differing:
                 _draw_band(panel, results, percents[name], color)
@@ -195,7 +243,7 @@ def _draw_routing(panel: Axes, runs: Runs) -> None:
         _label(panel, ends)
 
 
-def _head(panel: Axes, title: str, note: str = "") -> None:
+def head(panel: Axes, title: str, note: str = "") -> None:
     panel.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=9)
     panel.set_title(note, loc="right", fontsize=9, color=FAINT, pad=9)
 
@@ -213,7 +261,7 @@ def _draw_line(
     )
 
 
-def _draw_course(
+def draw_course(
     panel: Axes, results: Sequence[RolloutResult], values: Sequence[float | None], color: str
 ) -> float | None:
     """A noisy number: faint as it is, and a moving mean over it once there are enough rollouts. Returns the last."""
@@ -328,7 +376,8 @@ def comparison_table(with_: RunSummary, without: RunSummary, plugins: str = "plu
 
 def _table(title: str, summaries: Mapping[str, RunSummary]) -> Table:
     columns = [_cells(each) for each in summaries.values()]
-    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    names = max(columns, key=len, default={})  # a run without a draft has no rows about one
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
     made = table(title, ["", *summaries], rows)
     made.show_header = any(summaries)
     for column in made.columns[1:]:
@@ -338,6 +387,11 @@ def _table(title: str, summaries: Mapping[str, RunSummary]) -> Table:
 
 def _cells(summary: RunSummary) -> dict[str, str]:
     ratio, speed, different = summary.reward_ratio, summary.tokens_per_second, summary.routing_different
+    drafts = {
+        "accept length, first tenth of the rollouts": number(summary.first_accept_length, ".2f"),
+        "accept length, last tenth": number(summary.last_accept_length, ".2f"),
+        "draft loss, last tenth": number(summary.last_draft_loss, ".3f"),
+    }
     return {
         "rollouts": str(summary.rollouts),
         "mean reward, first tenth of the rollouts": number(summary.first_reward, ".3f"),
@@ -347,6 +401,7 @@ def _cells(summary: RunSummary) -> dict[str, str]:
         "log-prob difference, 99th percentile": number(summary.logprob_difference_p99, ".2g"),
         "log-prob difference, maximum": number(summary.logprob_difference_max, ".2g"),
         "routed differently, of (token, layer)": "–" if different is None else share(different),
+        **{name: value for name, value in drafts.items() if value != "–"},
         "rollouts without gradient": str(summary.rollouts_without_gradient),
         "speed": "–" if speed is None else f"{compact(speed)} tokens/s",
         "time, without loading": duration(summary.seconds),

@@ -24,9 +24,10 @@ ROUTING_DIFFERENT_IN_LAYER = "train/routing_different_layer_"  # and the layer's
 # What the host itself logs; every other metric is a plugin's.
 HOST_METRICS = {
     *(ROLLOUT_STEP, "rollout/raw_reward", "rollout/truncated_ratio", "rollout/response_lengths", "rollout/tokens"),
-    *("rollout/seconds", "rollout/zero_variance_groups"),
+    *("rollout/seconds", "rollout/zero_variance_groups", "rollout/spec_accept_rate", "rollout/spec_accept_length"),
     *(TRAIN_STEP, ROLLOUT_OF_TRAIN_STEP, "train/loss", "train/pg_loss", "train/pg_clipfrac", "train/grad_norm"),
     *("train/entropy_loss", "train/ppo_kl", "train/kl_loss", "train/seconds", ROUTING_DIFFERENT),
+    "train/mtp_loss",
     *(LOGPROB_DIFFERENCE, f"{LOGPROB_DIFFERENCE}_p99", f"{LOGPROB_DIFFERENCE}_max"),
 }
 
@@ -50,6 +51,9 @@ class RolloutResult:
     routing_different: float | None = None  # share of (token, MoE layer) pairs
     routing_different_by_layer: dict[int, float] = field(default_factory=dict)  # share of tokens
     plugin_metrics: dict[str, float] = field(default_factory=dict)
+    accept_length: float | None = None  # tokens a verification pass; of speculative decoding
+    accept_rate: float | None = None  # share of proposed tokens
+    draft_loss: float | None = None  # nats a token
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -91,6 +95,10 @@ class RolloutResult:
             plugin_metrics={
                 name: value for name, value in values.items() if name not in HOST_METRICS and not _is_layer(name)
             },
+            # The plugin's are of all tokens together, slime's are means over samples.
+            accept_length=values.get("rollout/spec/accept_length", values.get("rollout/spec_accept_length")),
+            accept_rate=values.get("rollout/spec/accept_rate", values.get("rollout/spec_accept_rate")),
+            draft_loss=values.get("train/mtp_loss"),
         )
 
 
@@ -150,6 +158,9 @@ class RunSummary:
     tokens_per_second: float | None
     seconds: float | None  # of generating and training; without loading the model
     rollouts_without_gradient: int  # every group was rewarded alike
+    first_accept_length: float | None = None  # as first_reward
+    last_accept_length: float | None = None
+    last_draft_loss: float | None = None
 
 
 def summarize(results: Sequence[RolloutResult]) -> RunSummary:
@@ -169,6 +180,9 @@ def summarize(results: Sequence[RolloutResult]) -> RunSummary:
         tokens_per_second=sum(tokens for tokens, _ in timed) / sum(seconds for _, seconds in timed) if timed else None,
         seconds=_sum([each.seconds for each in results if each.seconds is not None]),
         rollouts_without_gradient=sum(each.zero_variance_groups == 1 for each in results),
+        first_accept_length=_mean([each.accept_length for each in results[:edge]]),
+        last_accept_length=_mean([each.accept_length for each in results[-edge:]]),
+        last_draft_loss=_mean([each.draft_loss for each in results[-edge:]]),
     )
 
 

@@ -29,8 +29,8 @@ class RoutingMeter:
         self._expected: tuple[torch.Tensor, torch.Tensor] | None = None
         self._entered = False
         self._reset()
-        for module in policy.modules():
-            if isinstance(module, TopKRouter):
+        for name, module in policy.named_modules():
+            if isinstance(module, TopKRouter) and "mtp" not in name.split("."):  # no rollout records a draft's routing
                 module.register_forward_hook(self._watch)
 
     def _reset(self) -> None:

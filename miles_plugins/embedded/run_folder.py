@@ -122,8 +122,11 @@ def write_inputs(args: Namespace, prepare: Callable[[Path], Path | None] = lambd
     random_model = args.hf_checkpoint is None
     if random_model:
         args.hf_checkpoint = args.run_folder / MODEL
-        _write_random_model(args.hf_checkpoint, args.seed, {**arguments.TINY, **given})
+        drafts = bool(args.mtp_num_layers or args.sglang_speculative_algorithm)
+        _write_random_model(args.hf_checkpoint, args.seed, {**arguments.TINY, **given}, drafts=drafts)
         args.hf_checkpoint = prepare(args.hf_checkpoint) or args.hf_checkpoint
+    if args.sglang_speculative_algorithm and args.sglang_speculative_draft_model_path is None:
+        args.sglang_speculative_draft_model_path = args.hf_checkpoint  # what SGLang does for models that it knows
     shape = shape_of(check_model_folder(args.hf_checkpoint), args.hf_checkpoint)
     for name, value in given.items():
         if value != shape[name] and not random_model:
@@ -142,10 +145,11 @@ def write_inputs(args: Namespace, prepare: Callable[[Path], Path | None] = lambd
             raise _unwritable(args.prompt_data, error) from error
 
 
-def _write_random_model(folder: Path, seed: int, shape: Mapping[str, int]) -> None:
+def _write_random_model(folder: Path, seed: int, shape: Mapping[str, int], *, drafts: bool) -> None:
     from safetensors import SafetensorError
 
     from miles_plugins.cpu_rehearsal.tiny_model import write_tiny_model
+    from miles_plugins.embedded.draft import add_random_draft
 
     try:
         write_tiny_model(
@@ -156,6 +160,8 @@ def _write_random_model(folder: Path, seed: int, shape: Mapping[str, int]) -> No
             experts=shape["num_experts"],
             topk=shape["moe_router_topk"],
         )
+        if drafts:
+            add_random_draft(folder, seed)
     except ValueError as error:
         raise ArgumentError("the embedded host cannot make a model of this shape", {"found": error}) from error
     except (OSError, SafetensorError) as error:

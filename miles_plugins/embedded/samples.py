@@ -12,12 +12,13 @@ import math
 import random
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins.errors import ArgumentError
+from miles_plugins.spec_rl.accept import slimes
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,31 @@ class Status(enum.Enum):
 
     COMPLETED = "completed"
     TRUNCATED = "truncated"
+
+
+@dataclass
+class SpecInfo:
+    """What speculative decoding did for a sample: slime's `Sample.SpecInfo`."""
+
+    spec_accept_token_num: int = 0
+    spec_draft_token_num: int = 0
+    spec_verify_ct: int = 0
+    completion_token_num: int = 0
+
+    @property
+    def spec_accept_rate(self) -> float:
+        return self.spec_accept_token_num / self.spec_draft_token_num if self.spec_draft_token_num else 0.0
+
+    @property
+    def spec_accept_length(self) -> float:
+        return self.completion_token_num / self.spec_verify_ct if self.spec_verify_ct else 0.0
+
+    def add(self, counts: Mapping[str, Any]) -> None:
+        """Count one response, by the names that slime reads."""
+        self.spec_accept_token_num += counts.get("spec_accept_token_num", 0)
+        self.spec_draft_token_num += counts.get("spec_draft_token_num", 0)
+        self.spec_verify_ct += counts.get("spec_verify_ct", 0)
+        self.completion_token_num += counts.get("completion_tokens", 0)
 
 
 @dataclass
@@ -59,6 +85,7 @@ class Sample:
     remove_sample: bool = False
     weight_versions: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
+    spec_info: SpecInfo = field(default_factory=SpecInfo)
 
 
 class Prompts:
@@ -144,6 +171,9 @@ def fill(args: Namespace, sample: Sample, prompt: Sequence[int], answer: Answer,
     sample.status = Status.TRUNCATED if info["finish_reason"]["type"] == "length" else Status.COMPLETED
     sample.recorded = answer.routing
     hook.receive_response(args=args, sample=sample, meta_info=info)
+    if args.sglang_speculative_algorithm:
+        counts = hook.speculation_counts(meta_info=info)
+        sample.spec_info.add(slimes(info) if counts is None else {**info, **counts})
     sample.weight_versions = [info["weight_version"]]
     if "routed_experts" in info:
         ids = torch.frombuffer(bytearray(base64.b64decode(info["routed_experts"])), dtype=torch.int32)

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 def token_chooser(
     samplings: Sequence[Sampling], random: torch.Generator, device: torch.device
-) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]:
-    """A function of (logits [rows, vocabulary] float32, step): token [rows] int64 and its log-prob [rows] float32.
+) -> Callable[[torch.Tensor, int | torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """A function of (logits [rows, vocabulary] float32, at): token [rows] int64 and its log-prob [rows] float32.
 
-    All random numbers are drawn here, row by row, so that what a row gets hangs on no other row's length.
+    `at`, one number or [rows] int64, is the token's number in its answer, from 0. All random numbers are drawn here,
+    row by row and one a token, so that what a row gets hangs on no other row's length, and not on how it got there.
     """
     import torch
 
@@ -35,14 +36,16 @@ def token_chooser(
     top_k = torch.tensor([1 << 31 if s.top_k == -1 else s.top_k for s in samplings], device=device)[:, None]
     restricted = any(not s.greedy and (s.top_p < 1 or s.top_k != -1) for s in samplings)
 
-    def choose(logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(logits: torch.Tensor, at: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_probs = torch.log_softmax(logits / temperature, dim=-1)
         token = logits.argmax(dim=-1)
         if not greedy.all():
             weights = log_probs.double().exp()
             sums = (_restrict(weights, top_k, top_p) if restricted else weights).cumsum(dim=-1)
             # Never a token of weight zero: the first sum above the point, and in float64 the point is below the last.
-            point = uniform[:, step : step + 1] * sums[:, -1:]
+            # Of a row that has ended, whose token is left out, it may be any.
+            number = torch.as_tensor(at, device=device).expand(len(logits)).clamp(max=uniform.shape[1] - 1)
+            point = uniform.gather(1, number[:, None]) * sums[:, -1:]
             drawn = torch.searchsorted(sums, point, right=True).squeeze(-1)
             drawn = drawn.clamp(max=logits.shape[-1] - 1)  # of NaN there is none above; the caller refuses those
             token = torch.where(greedy, token, drawn)

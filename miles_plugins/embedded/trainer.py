@@ -34,8 +34,10 @@ class Trainer:
         self._parameters = list(policy.parameters())
         self._device = self._parameters[0].device
         self.main_weights = [parameter.detach().float().clone() for parameter in self._parameters]
+        pairs = zip(self._parameters, self.main_weights, strict=True)
+        self._trained = [pair for pair in pairs if pair[0].requires_grad]  # with the parameter that each weight is of
         self.optimizer = torch.optim.AdamW(
-            _groups(self.main_weights, args.weight_decay),
+            _groups([weight for _, weight in self._trained], args.weight_decay),
             lr=args.lr,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_eps,
@@ -116,8 +118,9 @@ class Trainer:
     def _step(self, data: Mapping[str, Any], microbatches: Sequence[Sequence[int]]) -> dict[str, float]:
         import torch
 
-        for weight in self.main_weights:
+        for _, weight in self._trained:
             weight.grad = torch.zeros_like(weight)
+        self._scale_draft_loss(1 / len(microbatches))
         sums: dict[str, float] = {}
         differences: list[torch.Tensor] = []
         with announced_pass(self._hook, self._args, "train", self.model), self.meter:
@@ -132,23 +135,58 @@ class Trainer:
                 differences += [(trainers - engines).abs() for trainers, engines in pairs]
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
-                for parameter, weight in zip(self._parameters, self.main_weights, strict=True):
+                for parameter, weight in self._trained:
                     if parameter.grad is not None:  # an expert that no token chose has none
                         weight.grad += parameter.grad
                         parameter.grad = None
-            norm = torch.nn.utils.clip_grad_norm_(self.main_weights, self._args.clip_grad or float("inf"))
-            if not norm.isfinite():
+            norm, *others = self._clip()
+            if not all(each.isfinite() for each in (norm, *others)):
                 raise PluginError(
                     "the gradient is not finite; the weights were left as they are",
-                    {"gradient norm": float(norm), **{name: f"{value:g}" for name, value in sums.items()}},
+                    {
+                        "gradient norm": float(norm),
+                        "of parameters clipped apart": ", ".join(f"{float(each):g}" for each in others),
+                        **{name: f"{value:g}" for name, value in sums.items()},
+                    },
                     "lower --lr or --clip-grad, and go on from the last checkpoint",
                 )
             self.optimizer.step()
             self.copy_to_policy(self.main_weights)
         metrics = {**sums, "grad_norm": float(norm), **self.meter.shares(), **_summed_up(differences)}
+        metrics |= self._draft_loss(len(microbatches))
         for plugin_metrics in self._hook.step_metrics(args=self._args):
             metrics.update({name: _mean(value) for name, value in plugin_metrics.items()})
         return metrics
+
+    def _clip(self) -> list[torch.Tensor]:
+        """Clip the gradients; the norm of the policy's, and of each other group's.
+
+        Parameters with an attribute `grad_norm_group` are clipped by a norm of their own, as in Megatron's main.
+        """
+        import torch
+
+        groups: dict[str | None, list[torch.Tensor]] = {None: []}
+        for parameter, weight in self._trained:
+            groups.setdefault(getattr(parameter, "grad_norm_group", None), []).append(weight)
+        most = self._args.clip_grad or float("inf")
+        return [torch.nn.utils.clip_grad_norm_(weights, most) for weights in groups.values()]
+
+    def _scale_draft_loss(self, scale: float) -> None:
+        """Megatron adds the gradient of each microbatch's mean to what comes back: they shall be averaged."""
+        if self._args.mtp_num_layers:
+            import torch
+            from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+            MTPLossAutoScaler.set_loss_scale(torch.tensor(scale, device=self._device))
+
+    def _draft_loss(self, microbatches: int) -> dict[str, float]:
+        """`mtp_loss`, the mean over the step's microbatches, before --mtp-loss-scaling-factor; {} without one."""
+        if not self._args.mtp_num_layers:
+            return {}
+        from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+        losses = MTPLossLoggingHelper.tracker.pop("values", None)
+        return {} if losses is None else {"mtp_loss": float(losses.mean()) / microbatches}
 
     # -- microbatches -------------------------------------------------------------------------------------------------
 

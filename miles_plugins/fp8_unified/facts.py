@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from miles_plugins.checkpoints import CONFIG, layer_of, quantization_config, read_json, text_config, weight_map
-from miles_plugins.compat import fp8_upstream
+from miles_plugins.compat import fp8_upstream, slime_drafts
 from miles_plugins.errors import ArgumentError, PluginError
 from miles_plugins.fp8_unified import selection
 from miles_plugins.fp8_unified.checkpoint import LEFT_OUT, MATRIX_SCALE, SCALE, WEIGHT, matrices, quantised_modules
@@ -494,7 +494,7 @@ def look_here() -> Here:
         weight_session=fp8_upstream.has_update_sessions(),
         upstream=Upstream(
             hard_codes_scales=fp8_upstream.sets_variable(VARIABLE),
-            mtp_names_agree=fp8_upstream.mtp_names_agree(),
+            mtp_names_agree=slime_drafts.mtp_names_agree(),
             unpacks_saved_scales=fp8_upstream.unpacks_saved_scales(),
             blind_metric=fp8_upstream.has_blind_metric(),
             delta_leaves_tensors_out=fp8_upstream.delta_leaves_tensors_out(),

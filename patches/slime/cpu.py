@@ -12,6 +12,8 @@ from miles_plugins.patches.torch.cpu import device_mode
 from miles_plugins.patching import Patch, has_attribute
 
 _LOCAL_EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.(weight|bias)$")
+# A draft's layer has a transformer layer inside.
+_INPUT_NORM = re.compile(r"(\.layers\.\d+(?:\.transformer_layer)?)\.input_layernorm\.weight$")
 
 
 def transformer_engine_name(name: str, expert_offset: int) -> str:
@@ -26,7 +28,7 @@ def transformer_engine_name(name: str, expert_offset: int) -> str:
         return f".mlp.experts.{linear}.{kind}{int(index) + expert_offset}"
 
     name = _LOCAL_EXPERT.sub(grouped, name)
-    return re.sub(r"(\.layers\.\d+)\.input_layernorm\.weight$", r"\1.self_attention.linear_qkv.layer_norm_weight", name)
+    return _INPUT_NORM.sub(r"\1.self_attention.linear_qkv.layer_norm_weight", name)
 
 
 def named_params_and_buffers(

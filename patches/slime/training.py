@@ -109,8 +109,9 @@ def get_batch(original: Callable[..., Any], data_iterator: Any, keys: Sequence[s
     hook = current().hook
     wanted = [key for keys_of_one in hook.microbatch_keys(args=args) for key in keys_of_one]
     batch = original(data_iterator, [*keys, *(key for key in wanted if key not in keys)], *rest, **kwargs)
-    positions = Packing.of(args).local(token_positions(args, batch), _tensor_rank())
-    begin_microbatch(hook, args, batch, positions, _chunk(data_iterator, iterators))
+    stream = token_positions(args, batch)
+    positions = Packing.of(args).local(stream, _tensor_rank())
+    begin_microbatch(hook, args, batch, positions, _chunk(data_iterator, iterators), stream)
     return batch
 
 
