@@ -11,6 +11,12 @@ def logs_each_loss() -> bool | None:
     return None if loop is None else "mtp_losses[" in loop
 
 
+def exchanges_halves() -> bool | None:
+    """Whether slime sends Qwen3-Next's input projection (`eh_proj`) with its halves exchanged, as it does until now."""
+    converter = text_of("slime.backends.megatron_utils.megatron_to_hf.qwen3_next")
+    return None if converter is None else "torch.cat([second_half, first_half], dim=1)" in converter
+
+
 def mtp_names_agree() -> bool | None:
     """Whether slime knows the name that Megatron gives an MTP block's layer."""
     megatron = text_of("megatron.core.transformer.multi_token_prediction")

@@ -169,9 +169,10 @@ def after_weight_update(server_args: Any, received: Mapping[str, int]) -> None:
 
 
 @hookspec(firstresult=True)
-def draft_is_trained(args: Namespace) -> bool | None:
+def draft_is_trained(args: Namespace, algorithm: str) -> bool | None:
     """A server that drafts (speculative decoding) is about to start (engine): is its draft among what is trained?
 
+    `algorithm` is the server's own, such as EAGLE: --sglang-config may change it for a group of engines.
     True: the draft loads the tensors of each weight update with the target, and an update that leaves a part of it as
     it was fails. False: updates pass it by. None leaves it to SGLang, whose releases differ. A plugin with this hook
     needs `after_weight_update` as well: without it nobody says where an update ends.

@@ -888,7 +888,7 @@ def a_frozen_draft_stays_as_it_is_under_weight_decay() -> None:
     """Where that is done before its model is wrapped for data parallelism, as by slime's --freeze-params-name-list."""
     import torch
 
-    from miles_plugins.spec_rl.draft_weights import FROZEN, draft_parameters, freeze
+    from miles_plugins.spec_rl.draft_weights import FROZEN, draft_parameters
 
     model = made(2)
     named = [name for name, _ in model.named_parameters() if re.search(FROZEN, name)]
@@ -898,7 +898,8 @@ def a_frozen_draft_stays_as_it_is_under_weight_decay() -> None:
         if "bf16" in kind:
             model.bfloat16()
         before = {name: each.detach().clone() for name, each in model.named_parameters()}
-        freeze([model])
+        for name, each in model.named_parameters():
+            each.requires_grad_(not re.search(FROZEN, name))
         wrapped, optimizer = optimizer_of(model, 1.0, kind, decay=0.5)
         for number in range(2):
             wrapped.zero_grad_buffer()
@@ -1022,7 +1023,7 @@ def context_parallel_ranks_learn_what_one_learns() -> None:
     rank = mpu.get_context_parallel_rank()
     uneven = [*SAMPLES, (29, [1, 1])]  # the second rank has most of the prompt
     for samples in (SAMPLES, uneven, [(14, [1, 1])]):
-        for recompute in ({}, RECOMPUTE):
+        for recompute in ({}, RECOMPUTE, {"calculate_per_token_loss": True}):
             alone = made(2, local=True, **recompute)
             with learning():
                 clean()
@@ -1040,7 +1041,8 @@ def context_parallel_ranks_learn_what_one_learns() -> None:
             found = gradients(draft(model))
             for name, gradient in found.items():
                 torch.distributed.all_reduce(gradient)
-                torch.testing.assert_close(gradient / 2, expected[name], rtol=1e-4, atol=1e-6)
+                # As many ranks share the samples, by so many Megatron divides: their number, or each token as often.
+                torch.testing.assert_close(gradient / 2, expected[name], rtol=1e-4, atol=1e-5)
             tracker = here.mtp.MTPLossLoggingHelper.tracker
             torch.distributed.all_reduce(tracker["values"], group=tracker["avg_group"])
             torch.testing.assert_close(tracker["values"] / 2, loss)

@@ -158,7 +158,9 @@ def test_the_rest_of_a_response_stays_and_the_given_one_is_not_changed(active: A
     ("algorithm", "trained", "told"),
     [
         ("EAGLE", True, "trained"),
+        ("nextn", True, "trained"),
         ("EAGLE", False, "frozen"),
+        ("EAGLE3", True, "frozen"),
         ("NGRAM", True, "frozen"),
         (None, True, None),
     ],
@@ -168,8 +170,7 @@ def test_a_server_is_told_while_it_starts_and_only_then(
 ) -> None:
     active(draft_is_trained=guards.draft_is_trained)
     monkeypatch.delenv(DRAFT, raising=False)
-    args = Namespace(sglang_speculative_algorithm=algorithm, enable_mtp_training=trained)
-    engine = SimpleNamespace(args=args)
+    engine = SimpleNamespace(args=Namespace(enable_mtp_training=trained))  # the flag may be --sglang-config's
     seen = speculation.tell_the_server(
         lambda self, server_args_dict: os.environ.get(DRAFT), engine, {"speculative_algorithm": algorithm}
     )
@@ -181,7 +182,7 @@ def test_a_server_without_a_draft_beside_one_that_has_is_told_nothing(
     active: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--sglang-config gives each group of engines arguments of its own. What was there before is there again."""
-    active(draft_is_trained=lambda args: True)
+    active(draft_is_trained=lambda args, algorithm: True)
     monkeypatch.setenv(DRAFT, "of the run around this one")
     engine = SimpleNamespace(args=Namespace(sglang_speculative_algorithm="EAGLE"))
     assert speculation.tell_the_server(lambda *_: os.environ.get(DRAFT), engine, {}) is None
@@ -189,7 +190,7 @@ def test_a_server_without_a_draft_beside_one_that_has_is_told_nothing(
 
 
 def test_a_server_that_does_not_start_leaves_nothing_behind(active: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    active(draft_is_trained=lambda args: True)
+    active(draft_is_trained=lambda args, algorithm: True)
     monkeypatch.delenv(DRAFT, raising=False)
 
     def fail(self: Any, server_args_dict: Any) -> None:

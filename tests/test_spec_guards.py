@@ -72,7 +72,6 @@ def refused(arguments: Mapping[str, Any], environment: Mapping[str, str] | None 
 def test_the_flags_of_the_issue_are_taken_without_a_word(good: dict[str, Any]) -> None:
     assert refused(good) == {}
     assert guards.warnings(Namespace(**good)) == []
-    assert guards.draft_is_trained(Namespace(**good)) is True
 
 
 @pytest.mark.parametrize("arguments", [{}, {"enable_mtp_training": False}, {"debug_train_only": True}])
@@ -81,24 +80,6 @@ def test_a_run_without_speculation_is_none_of_its_business(arguments: dict[str, 
     threshold = {"sglang_speculative_accept_threshold_acc": 0.5} if arguments else {}
     assert refused({**arguments, **threshold}, {"SGLANG_ENABLE_SPEC_V2": "1"}) == {}
     assert guards.warnings(Namespace(**arguments)) == []
-    assert guards.draft_is_trained(Namespace(**arguments)) is None
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "trained", "expected"),
-    [
-        (None, True, None),
-        ("EAGLE", True, True),
-        ("nextn", True, True),
-        ("EAGLE", False, False),
-        ("EAGLE3", False, False),
-        ("NGRAM", False, False),
-        ("NGRAM", True, False),
-    ],
-)
-def test_a_draft_is_trained_frozen_or_not_there(algorithm: str | None, trained: bool, expected: bool | None) -> None:
-    args = Namespace(sglang_speculative_algorithm=algorithm, enable_mtp_training=trained)
-    assert guards.draft_is_trained(args) is expected
 
 
 FROZEN = {"enable_mtp_training": False}
@@ -141,6 +122,64 @@ def test_slime_must_know_what_megatron_calls_a_drafts_layer(
     monkeypatch.setattr(guards, "mtp_names_agree", lambda: known)
     assert list(refused(good)) == ([] if known is not False else ["--mtp-num-layers"])
     assert refused({**good, "mtp_num_layers": None, "enable_mtp_training": False}) == {}
+
+
+def test_a_checkpoint_that_is_no_folder_does_not_tell_how_its_draft_is_trained(good: dict[str, Any]) -> None:
+    hub = {"hf_checkpoint": "zai-org/GLM-4.5", "sglang_speculative_draft_model_path": None}
+    assert "not its name on a hub" in refused({**good, **hub})["--hf-checkpoint"]
+    assert refused({**good, **hub, **FROZEN, "mtp_num_layers": None}) == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "exchanges", "reason"),
+    [
+        ("qwen3_next", "raw", True, None),
+        ("qwen3_next", "raw", None, None),
+        ("qwen3_next", "raw", False, "converts the input projection"),
+        ("qwen3_next", "bridge", True, "own conversion only"),
+        ("glm4_moe", "bridge", False, None),
+    ],
+)
+def test_halves_that_somebody_may_not_exchange(
+    good: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    mode: str,
+    exchanges: bool | None,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(guards, "exchanges_halves", lambda: exchanges)
+    model = folder(tmp_path / family, model_type=family)
+    paths = {"hf_checkpoint": model, "sglang_speculative_draft_model_path": model, "megatron_to_hf_mode": mode}
+    found = refused({**good, **paths})
+    assert list(found) == (["--hf-checkpoint"] if reason else [])
+    assert (reason or "") in str(found)
+
+
+def test_a_critics_draft_gives_no_gradient_that_somebody_waits_for(good: dict[str, Any]) -> None:
+    overlapped = {"use_critic": True, "overlap_grad_reduce": True}
+    assert list(refused({**good, **overlapped})) == ["--use-critic"]
+    assert refused({**good, **overlapped, "overlap_grad_reduce": False}) == {}
+    assert refused({**good, **overlapped, "mtp_num_layers": None, "enable_mtp_training": False}) == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "cost"),
+    [
+        ({}, 3.0),
+        ({"sglang_speculative_algorithm": "EAGLE3"}, 3.0),
+        ({"sglang_speculative_algorithm": "STANDALONE"}, None),
+        ({"sglang_speculative_algorithm": "NGRAM"}, None),
+        ({"sglang_speculative_num_steps": None}, None),
+        ({"sglang_speculative_adaptive": True}, None),
+        ({"hf_checkpoint": "zai-org/GLM-4.5"}, None),
+    ],
+)
+def test_what_a_draft_costs_is_told_of_one_layer_only(
+    good: dict[str, Any], changed: dict[str, Any], cost: float | None
+) -> None:
+    assert guards.draft_cost(Namespace(**{**good, **changed})) == cost
 
 
 @pytest.mark.upstream

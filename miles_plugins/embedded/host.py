@@ -63,7 +63,8 @@ class EmbeddedRun:
             speculative_num_draft_tokens=args.sglang_speculative_num_draft_tokens,
             speculative_draft_model_path=_text(args.sglang_speculative_draft_model_path),
         )
-        trained = self._hook.draft_is_trained(args=args) if args.sglang_speculative_algorithm else None
+        algorithm = args.sglang_speculative_algorithm
+        trained = self._hook.draft_is_trained(args=args, algorithm=algorithm) if algorithm else None
         with _told(trained):
             self.engine = RolloutEngine(
                 args.hf_checkpoint,

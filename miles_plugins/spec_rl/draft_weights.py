@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 GROUP = "grad_norm_group"
 """An attribute of parameters that Megatron-LM's main knows too (see `patches/megatron/draft.py`)."""
 FROZEN = r"(^|\.)mtp\."
-"""The draft's parameters, for slime's `freeze_params_name_list`."""
+"""The draft's parameters, for slime's `freeze_params_name_list` (slime v0.2.3 and later): weight decay would move them.
+
+slime freezes before it wraps the model for data parallelism. In the hook `model_built` it would be too late: Megatron's
+distributed optimizer misses the parameters of its buffers then (KeyError).
+"""
 SAMPLED = 64  # entries of a matrix that tell it from another
 
 
@@ -35,17 +39,6 @@ def clip_apart(model: Sequence[Any]) -> None:
     """
     for parameter in draft_parameters(model).values():
         setattr(parameter, GROUP, "mtp")
-
-
-def freeze(model: Sequence[Any]) -> None:
-    """Keep the draft out of the optimizer: its weight decay would move parameters without gradients as well.
-
-    To be called before the model is wrapped for data parallelism, so not in the hook `model_built`: Megatron's
-    distributed optimizer misses the parameters of its buffers otherwise (KeyError). Under slime the plugin says it with
-    slime's own `args.freeze_params_name_list`, which has the names in `FROZEN` (slime v0.2.3 and later).
-    """
-    for parameter in draft_parameters(model).values():
-        parameter.requires_grad_(False)
 
 
 class FromCheckpoint:

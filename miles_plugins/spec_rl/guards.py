@@ -15,7 +15,9 @@ from typing import Any
 
 from miles_plugins import ArgumentError, PluginError
 from miles_plugins.checkpoints import CONFIG, number_of_layers, read_json, text_config, weight_map
-from miles_plugins.compat.slime_drafts import logs_each_loss, mtp_names_agree
+from miles_plugins.compat.slime_drafts import exchanges_halves, logs_each_loss, mtp_names_agree
+from miles_plugins.spec_rl.accept import relative_draft_cost
+from miles_plugins.spec_rl.halves import EXCHANGED
 
 ADVICE = "change what is named, or leave spec out"
 RUNNING = 48  # requests at a time, where SGLang speculates and the flag does not say
@@ -50,13 +52,29 @@ def is_idle(args: Namespace) -> bool:
     return bool(getattr(args, "mtp_num_layers", None)) and not trains(args)
 
 
-def draft_is_trained(args: Namespace) -> bool | None:
-    """Whether an engine's draft follows the trainer; None where engines do not speculate.
+def draft_is_trained(args: Namespace, server_algorithm: str) -> bool:
+    """Whether the draft of an engine that speculates so follows the trainer: --sglang-config may differ from the flag.
 
-    Of n-grams there is nothing to train; not to be asked for weights is right for them as well: SGLang 0.5.12 and
-    0.5.15 fail when they are.
+    Not to be asked for weights is right for n-grams as well: SGLang 0.5.12 and 0.5.15 fail when they are.
     """
-    return None if algorithm(args) is None else trains(args) and algorithm(args) != "NGRAM"
+    return trains(args) and server_algorithm.upper() in OWN
+
+
+def model_type(args: Namespace) -> str:
+    """Of --hf-checkpoint, which must be a folder."""
+    return str(read_json(Path(args.hf_checkpoint) / CONFIG).get("model_type"))
+
+
+def draft_cost(args: Namespace) -> float | None:
+    """What a draft costs a verification pass (`accept.relative_draft_cost`); None where that cannot be told.
+
+    A draft that is another model costs what that does, and without the number of steps SGLang chooses it by itself.
+    """
+    steps, checkpoint = getattr(args, "sglang_speculative_num_steps", None), Path(args.hf_checkpoint)
+    one_layer = algorithm(args) in (*OWN, "EAGLE3") and not getattr(args, "sglang_speculative_adaptive", False)
+    if not steps or not one_layer or not (checkpoint / CONFIG).is_file():
+        return None
+    return relative_draft_cost(steps, number_of_layers(checkpoint))
 
 
 def check(args: Namespace, environment: Mapping[str, str]) -> None:
@@ -161,9 +179,16 @@ def _training(args: Namespace) -> Reasons:
             trains(args) and layers and layers > 1 and logs_each_loss() is False,
             f"{layers}: this slime logs one draft loss, and fails at more (its main logs each)",
         ),
+        "--hf-checkpoint": _checkpoint(args),
+        "--use-critic": _when(
+            layers and getattr(args, "use_critic", False) and getattr(args, "overlap_grad_reduce", False),
+            "the critic has a draft too, which gives no gradient, and --overlap-grad-reduce waits for one: leave one "
+            "of the two out",
+        ),
         "--allgather-cp": _when(
             trains(args) and getattr(args, "allgather_cp", False),
-            "Megatron shifts the draft's labels as zigzag has cut them: it would learn other tokens than the next ones",
+            "not proved: a draft was trained with samples that are cut each by itself (zigzag), slime's default; leave "
+            "it out",
         ),
         "--overlap-moe-expert-parallel-comm": _when(
             layers and getattr(args, "overlap_moe_expert_parallel_comm", False),
@@ -178,6 +203,26 @@ def _training(args: Namespace) -> Reasons:
             "an engine that was started elsewhere is not told that its draft is trained",
         ),
     }
+
+
+def _checkpoint(args: Namespace) -> str | None:
+    """Why a checkpoint does not tell how its draft is trained."""
+    folder = getattr(args, "hf_checkpoint", None)
+    if not trains(args) or not folder:
+        return None
+    if not (Path(folder) / CONFIG).is_file():
+        return f"no {CONFIG} in {folder}: give the folder of the checkpoint, not its name on a hub"
+    if model_type(args) not in EXCHANGED:
+        return None
+    return _when(
+        getattr(args, "megatron_to_hf_mode", "raw") == "bridge",
+        "of Qwen3-Next, with --megatron-to-hf-mode bridge: the halves of its draft's input projection are exchanged in "
+        "slime's own conversion only; take that (raw)",
+    ) or _when(
+        exchanges_halves() is False,
+        "of Qwen3-Next: this slime does not convert the input projection of its draft, or otherwise than v0.2.3 to "
+        "main of 2026-08 do; take one of these",
+    )
 
 
 def _frozen(args: Namespace) -> str | None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins import Microbatch, hookimpl
-from miles_plugins.checkpoints import CONFIG, number_of_layers, read_json
 from miles_plugins.spec_rl import accept, draft_loss, draft_weights, guards, halves
 from miles_plugins.spec_rl.draft_loss import CONVENTIONS, CORRECT, Targets
 
@@ -32,7 +31,6 @@ _log = logging.getLogger(__name__)
 _args: Namespace | None = None  # this trainer's, if its model is the actor
 _stage: str | None = None
 _loaded: draft_weights.FromCheckpoint | None = None  # until the first pass
-_projections: list[Any] = []  # until the first of them is sent
 _tally, _decay = accept.Tally(), accept.Decay()
 _server: Any = None
 
@@ -77,14 +75,17 @@ def rehearsal_flags(checkpoint: Path) -> Sequence[str]:
 @hookimpl
 def model_built(args: Namespace, model: Sequence[Any], role: str) -> None:
     global _args, _loaded
-    if role != "actor" or not args.mtp_num_layers:
+    if not args.mtp_num_layers:
+        return
+    if role != "actor":
+        args.enable_mtp_training = False  # a critic's own: its draft predicts nothing, and slime would log its loss
         return
     _args, _loaded = args, draft_weights.FromCheckpoint(model)
     if args.spec_compat == CORRECT:
         draft_weights.clip_apart(model)
-    kind = str(read_json(Path(args.hf_checkpoint) / CONFIG).get("model_type"))
-    if sum(halves.exchange_inputs(kind, chunk) for chunk in model):
-        _projections[:] = [each for chunk in model for each in halves.projections(chunk)]
+    if guards.trains(args):
+        for chunk in model:
+            halves.exchange_inputs(guards.model_type(args), chunk)
 
 
 @hookimpl
@@ -116,20 +117,12 @@ def draft_targets(model: torch.nn.Module, microbatch: Microbatch) -> Targets | N
     )
 
 
-@hookimpl
-def export_weights(named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    for name, tensor in named_tensors if _projections else ():
-        if name == halves.SENT_AS:
-            halves.require_exchanged(_projections[0].weight.detach(), tensor)
-            _projections.clear()
-
-
 # -- the engine ------------------------------------------------------------------------------------------------------
 
 
 @hookimpl
-def draft_is_trained(args: Namespace) -> bool | None:
-    return guards.draft_is_trained(args)
+def draft_is_trained(args: Namespace, algorithm: str) -> bool:
+    return guards.draft_is_trained(args, algorithm)
 
 
 @hookimpl
@@ -159,15 +152,11 @@ def receive_response(sample: Any, meta_info: dict[str, Any]) -> None:
 
 @hookimpl
 def rollout_metrics(args: Namespace, samples: Sequence[Any]) -> Mapping[str, float]:
-    if guards.algorithm(args) is None:
-        return {}
-    steps = getattr(args, "sglang_speculative_num_steps", None)  # without it SGLang chooses, at each engine
-    cost = accept.relative_draft_cost(steps, number_of_layers(Path(args.hf_checkpoint))) if steps else None
-    found = accept.metrics(_tally.by_version(samples), cost)
+    found = accept.metrics(_tally.by_version(samples), guards.draft_cost(args))
     length = found.get("spec/accept_length")
     if length is not None and (warning := _decay.add(length)):
         _log.warning("spec_rl: %s%s", warning, "" if guards.trains(args) else "; train it (--enable-mtp-training)")
-    return {**accept.slimes_metrics(samples), **found}
+    return {**accept.slimes_metrics(samples), **found} if found else {}
 
 
 # -- every process ---------------------------------------------------------------------------------------------------

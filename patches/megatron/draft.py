@@ -101,7 +101,8 @@ def _with_draft_loss(model: Any, targets: Targets, given: dict[str, Any]) -> tor
         logits, _ = model.output_layer(state, weight=weight, runtime_gather_output=False)
         losses = model.compute_language_model_loss(targets.labels[depth - 1], scaled(logits))
         mean = targets.mean(depth, losses)
-        loss = targets.total(depth, losses) if config.calculate_per_token_loss else mean
+        # Where Megatron divides by the tokens later, it counts each as often as ranks share it.
+        loss = targets.total(depth, losses) * targets.ranks if config.calculate_per_token_loss else mean
         output = MTPLossAutoScaler.apply(output, (config.mtp_loss_scaling_factor / len(layers) * loss).reshape(1))
         _log(mean, depth, len(layers))
     return output

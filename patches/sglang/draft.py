@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -152,7 +153,10 @@ def _range(parameter: Any) -> tuple[int, int]:
 
 @contextmanager
 def _watched(ranges: Mapping[str, tuple[int, int]], written: set[str]) -> Iterator[None]:
-    """Note the parameters, by the memory they have, that any operation writes to."""
+    """Note the parameters, by the memory they have, that any operation writes to.
+
+    A dispatch mode is of one thread, and some of SGLang's models load weights that are on the CPU in a pool of threads.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):  # type: ignore[misc]
@@ -163,8 +167,21 @@ def _watched(ranges: Mapping[str, tuple[int, int]], written: set[str]) -> Iterat
                     written.update(name for name, (begin, end) in ranges.items() if begin <= at < end)
             return func(*args, **(kwargs or {}))
 
-    with Watch():
-        yield
+    submit = ThreadPoolExecutor.submit
+
+    def submit_watched(self: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with Watch():
+                return function(*args, **kwargs)
+
+        return submit(self, watched, *args, **kwargs)
+
+    ThreadPoolExecutor.submit = submit_watched  # type: ignore[method-assign]
+    try:
+        with Watch():
+            yield
+    finally:
+        ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
 
 
 def watch_drafts(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,8 +19,8 @@ def add(original: Callable[..., Any], self: Any, meta_info: Mapping[str, Any]) -
 
 def tell_the_server(original: Callable[..., Any], self: Any, server_args_dict: Mapping[str, Any]) -> Any:
     """slime's server and its schedulers inherit this process's environment when it starts them, and only then."""
-    drafts = server_args_dict.get("speculative_algorithm")
-    trained = current().hook.draft_is_trained(args=self.args) if drafts else None
+    algorithm = server_args_dict.get("speculative_algorithm")
+    trained = current().hook.draft_is_trained(args=self.args, algorithm=str(algorithm)) if algorithm else None
     before = os.environ.pop(DRAFT, None)
     if trained is not None:
         os.environ[DRAFT] = TRAINED if trained else FROZEN
