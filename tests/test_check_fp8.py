@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from miles_plugins import activation
-from miles_plugins.compat import fp8_upstream
+from miles_plugins.compat import fp8_upstream, slime_drafts
 from miles_plugins.compat.source import reading_from
 from miles_plugins.entrypoints.check_fp8 import check_fp8, parse
 from miles_plugins.errors import PluginError
@@ -657,7 +657,8 @@ def test_releases_are_told_apart_by_their_files(tmp_path, monkeypatch, release, 
     gpus = tmp_path / "0000:01:00.0"
     gpus.mkdir()
     (gpus / "information").write_text("Model: \t\t NVIDIA H200\nIRQ: 1\n")
-    monkeypatch.setattr(fp8_upstream, "text_of", texts.get)
+    for module in (fp8_upstream, slime_drafts):
+        monkeypatch.setattr(module, "text_of", texts.get)
     monkeypatch.setattr(facts_module, "NVIDIA_GPUS", tmp_path)
     here = look_here()
     assert here.upstream == upstream
@@ -670,7 +671,8 @@ def test_a_release_without_sessions_whose_deltas_leave_tensors_out(monkeypatch):
         "slime.ray.actor_group": "",
         "slime.backends.megatron_utils.update_weight.update_weight_from_distributed_delta": "",
     }
-    monkeypatch.setattr(fp8_upstream, "text_of", texts.get)
+    for module in (fp8_upstream, slime_drafts):
+        monkeypatch.setattr(module, "text_of", texts.get)
     here = look_here()
     assert here.weight_session is False
     assert here.upstream.delta_leaves_tensors_out is True
