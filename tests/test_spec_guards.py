@@ -135,7 +135,7 @@ def test_a_checkpoint_that_is_no_folder_does_not_tell_how_its_draft_is_trained(g
     [
         ("qwen3_next", "raw", True, None),
         ("qwen3_next", "raw", None, None),
-        ("qwen3_next", "raw", False, "converts the input projection"),
+        ("qwen3_next", "raw", False, "does not convert the input projection"),
         ("qwen3_next", "bridge", True, "own conversion only"),
         ("glm4_moe", "bridge", False, None),
     ],

@@ -180,7 +180,8 @@ def test_a_server_must_have_been_told_of_its_draft(monkeypatch: pytest.MonkeyPat
 
 def test_acceptance_is_counted_and_its_decay_is_told_of(args: Namespace, caplog: pytest.LogCaptureFixture) -> None:
     sample = Counted(spec_info=SimpleNamespace(spec_verify_ct=4, spec_accept_rate=4 / 12, spec_accept_length=2.0))
-    assert plugin.rollout_metrics(args, [sample]) == {}
+    silent = Counted(spec_info=SimpleNamespace(spec_verify_ct=0))
+    assert plugin.rollout_metrics(args, [silent]) == {}
     args.sglang_speculative_algorithm = "EAGLE"
     plugin.receive_response(sample, {**CURRENT, "weight_version": "3"})
     found = plugin.rollout_metrics(args, [sample])

@@ -52,12 +52,12 @@ def is_idle(args: Namespace) -> bool:
     return bool(getattr(args, "mtp_num_layers", None)) and not trains(args)
 
 
-def draft_is_trained(args: Namespace, server_algorithm: str) -> bool:
+def draft_is_trained(args: Namespace, algorithm: str) -> bool:
     """Whether the draft of an engine that speculates so follows the trainer: --sglang-config may differ from the flag.
 
     Not to be asked for weights is right for n-grams as well: SGLang 0.5.12 and 0.5.15 fail when they are.
     """
-    return trains(args) and server_algorithm.upper() in OWN
+    return trains(args) and algorithm.upper() in OWN
 
 
 def model_type(args: Namespace) -> str:
