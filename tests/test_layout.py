@@ -138,8 +138,11 @@ ALSO_ALLOWED = {
     "r3_replay": {f"miles_plugins.patches.sglang.routing.{name}" for name in ("capturer", "switched_off")},
     "fp8_unified": {"miles_plugins.compat.fp8_upstream", "miles_plugins.compat.slime_drafts"},
     "spec_rl": {
-        f"miles_plugins.compat.slime_drafts.{name}"
-        for name in ("exchanges_halves", "logs_each_loss", "mtp_names_agree")
+        "miles_plugins.patches.sglang.draft.role",
+        *(
+            f"miles_plugins.compat.slime_drafts.{name}"
+            for name in ("exchanges_halves", "logs_each_loss", "mtp_names_agree")
+        ),
     },
 }
 

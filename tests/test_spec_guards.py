@@ -480,7 +480,7 @@ SERVER = {
 @pytest.mark.parametrize(
     ("changed", "told", "reason"),
     [
-        ({}, None, "MILES_PLUGINS_DRAFT"),
+        ({}, None, "its draft"),
         ({"speculative_accept_threshold_acc": 0.5}, "trained", "speculative_accept_threshold_acc"),
         ({"enable_draft_weights_cpu_backup": False}, "frozen", "enable_draft_weights_cpu_backup"),
     ],

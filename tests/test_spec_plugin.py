@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from miles_plugins import ArgumentError, Microbatch, PluginError  # noqa: E402
+from miles_plugins.patches.sglang.draft import DRAFT  # noqa: E402
 from miles_plugins.spec_rl import accept, draft_weights, guards, plugin  # noqa: E402
 
 STATE = ("_args", "_stage", "_loaded", "_server")
@@ -168,10 +169,10 @@ def test_projections_whose_halves_slime_exchanges_are_fed_so(args: Namespace, fa
 
 def test_a_server_must_have_been_told_of_its_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     server = SimpleNamespace(speculative_algorithm="EAGLE", enable_draft_weights_cpu_backup=True)
-    monkeypatch.delenv(guards.TOLD, raising=False)
+    monkeypatch.delenv(DRAFT, raising=False)
     with pytest.raises(PluginError, match="cannot speculate"):
         plugin.engine_model_built(server)
-    monkeypatch.setenv(guards.TOLD, "trained")
+    monkeypatch.setenv(DRAFT, "trained")
     plugin.engine_model_built(server)
     assert plugin.probe("sglang_scheduler") == "EAGLE, the draft is trained"
     plugin.engine_model_built(SimpleNamespace(speculative_algorithm=None))

@@ -5,13 +5,11 @@ The hooks are called at the moments at which slime's patches call them, in the o
 
 from __future__ import annotations
 
-import os
 import time
 import zlib
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,7 @@ from miles_plugins.embedded.results import ROLLOUT_OF_TRAIN_STEP, ROLLOUT_STEP, 
 from miles_plugins.embedded.samples import Prompts, Sample, Status, fill, give_rewards, load_reward, to_train_data
 from miles_plugins.embedded.trainer import Trainer
 from miles_plugins.errors import ArgumentError, AttestationError, PluginError
-from miles_plugins.patches.sglang.draft import DRAFT, FROZEN, TRAINED
+from miles_plugins.patches.sglang.draft import told
 from miles_plugins.spec_rl.accept import slimes_metrics
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ class EmbeddedRun:
         )
         algorithm = args.sglang_speculative_algorithm
         trained = self._hook.draft_is_trained(args=args, algorithm=algorithm) if algorithm else None
-        with _told(trained):
+        with told(trained):
             self.engine = RolloutEngine(
                 args.hf_checkpoint,
                 self._server_args,
@@ -244,20 +242,6 @@ class EmbeddedRun:
     def _log(self, recorder: Recorder, metrics: Mapping[str, float], step_key: str) -> None:
         recorder.log(metrics, step_key)
         self._hook.metrics_logged(args=self.args, metrics=metrics, step_key=step_key)
-
-
-@contextmanager
-def _told(draft_is_trained: bool | None) -> Iterator[None]:
-    """As slime's servers are told whether their draft is trained: in the environment, when they are started."""
-    before = os.environ.pop(DRAFT, None)
-    if draft_is_trained is not None:
-        os.environ[DRAFT] = TRAINED if draft_is_trained else FROZEN
-    try:
-        yield
-    finally:
-        os.environ.pop(DRAFT, None)
-        if before is not None:
-            os.environ[DRAFT] = before
 
 
 def _text(path: Path | None) -> str | None:

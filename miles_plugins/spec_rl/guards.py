@@ -34,7 +34,6 @@ MULTI_LAYER = ("MiMoV2FlashForCausalLM", "Step3p5ForCausalLM")  # for which 0.5.
 PATH = "--sglang-speculative-draft-model-path"
 STEPS, TOPK, TOKENS = (f"--sglang-speculative-{name}" for name in ("num-steps", "eagle-topk", "num-draft-tokens"))
 THRESHOLDS = ("single", "acc")
-TOLD = "MILES_PLUGINS_DRAFT"  # by which an engine's actor tells its server whether the draft is trained
 
 
 def algorithm(args: Namespace) -> str | None:
@@ -89,7 +88,7 @@ def check_server(server_args: Any, told: str | None) -> str | None:
     """What an SGLang server is about to do with its draft, one line; None where it has none (sglang_scheduler).
 
     Its arguments may be other than slime's: --sglang-config changes them for a group of engines. `told` is what its
-    engine's actor said of the draft ($MILES_PLUGINS_DRAFT).
+    engine's actor said of the draft.
 
     Raises:
         PluginError: it was told nothing, or its own arguments speak against it.
@@ -105,7 +104,7 @@ def check_server(server_args: Any, told: str | None) -> str | None:
         and not getattr(server_args, "enable_draft_weights_cpu_backup", False)
     )
     reasons = {
-        TOLD: _when(told is None, "not set: nobody said whether the draft is trained"),
+        "its draft": _when(told is None, "nobody said whether it is trained: the engine's actor was not patched"),
         **dict.fromkeys(sorted(lossy), "is not 1: drafts that the policy would not sample are accepted"),
         "enable_draft_weights_cpu_backup": _when(
             forgets, "is off: the draft would come back from offloading with any weights"

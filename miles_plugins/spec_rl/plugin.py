@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles_plugins import Microbatch, hookimpl
+from miles_plugins.patches.sglang.draft import role as role_of_draft
 from miles_plugins.spec_rl import accept, draft_loss, draft_weights, guards, halves
 from miles_plugins.spec_rl.draft_loss import CONVENTIONS, CORRECT, Targets
 
@@ -128,7 +129,7 @@ def draft_is_trained(args: Namespace, algorithm: str) -> bool:
 @hookimpl
 def engine_model_built(server_args: Any) -> None:
     global _server
-    guards.check_server(server_args, os.environ.get(guards.TOLD))
+    guards.check_server(server_args, role_of_draft())
     _server = server_args
 
 
@@ -171,5 +172,5 @@ def probe(role: str) -> str | None:
     if role == "rollout_manager":
         return "what engines accept is counted"
     if role == "sglang_scheduler":
-        return guards.check_server(_server, os.environ.get(guards.TOLD)) or "this engine does not speculate"
+        return guards.check_server(_server, role_of_draft()) or "this engine does not speculate"
     return None

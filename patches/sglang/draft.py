@@ -43,6 +43,20 @@ def role() -> str | None:
     return found if found in (TRAINED, FROZEN) else None
 
 
+@contextmanager
+def told(draft_is_trained: bool | None) -> Iterator[None]:
+    """Within it, a server that is started learns what its draft is; None says nothing."""
+    before = os.environ.pop(DRAFT, None)
+    if draft_is_trained is not None:
+        os.environ[DRAFT] = TRAINED if draft_is_trained else FROZEN
+    try:
+        yield
+    finally:
+        os.environ.pop(DRAFT, None)
+        if before is not None:
+            os.environ[DRAFT] = before
+
+
 # -- receive once, load everywhere -----------------------------------------------------------------------------------
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from miles_plugins.activation import current
 from miles_plugins.patches.seam import Seam
-from miles_plugins.patches.sglang.draft import DRAFT, FROZEN, TRAINED
+from miles_plugins.patches.sglang.draft import told
 from miles_plugins.patching import Patch
 
 
@@ -21,15 +20,8 @@ def tell_the_server(original: Callable[..., Any], self: Any, server_args_dict: M
     """slime's server and its schedulers inherit this process's environment when it starts them, and only then."""
     algorithm = server_args_dict.get("speculative_algorithm")
     trained = current().hook.draft_is_trained(args=self.args, algorithm=str(algorithm)) if algorithm else None
-    before = os.environ.pop(DRAFT, None)
-    if trained is not None:
-        os.environ[DRAFT] = TRAINED if trained else FROZEN
-    try:
+    with told(trained):
         return original(self, server_args_dict)
-    finally:
-        os.environ.pop(DRAFT, None)
-        if before is not None:
-            os.environ[DRAFT] = before
 
 
 SEAMS = (
